@@ -1,93 +1,126 @@
-"""Pictures with captions: where they lie, in which order they come, how they become tensors.
+"""Pictures with captions: where they lie, the order in which they come, and how they become tensors.
 
-    python data.py PATH        # what is there: pairs, what was left out and why, speed, and a sheet of samples
+    python data.py PATH      says what is there, what was left out and why; writes a sheet of samples
 
-A data set is one string: "toy" (drawn by code), a name (cc3m, cc12m, yfcc15m: a folder under --data-root), webdataset
-tars (a folder, a pattern such as "cc3m-{0000..0575}.tar", several joined by "::"), a .tsv/.csv with the columns filepath
-and title, or a .jsonl with filename and caption. Everything is read by position, so the order of an epoch is a plain
-permutation: exact for any number of ranks and workers, and after a restart.
+One string names a data set: "toy" (drawn by code, no files); cc3m, cc12m, yfcc15m (folders under --data-root);
+webdataset tars (a folder, a pattern such as "cc3m/{0000..0575}.tar", several joined by "::"); a .tsv or .csv with the
+columns filepath and title; a .jsonl with filename and caption. All are read by position and not as a stream, so that an
+epoch is a plain permutation, the same for any number of ranks and workers, and after a restart.
 """
-import argparse, collections, colorsys, concurrent.futures, contextlib, csv, fcntl, functools, glob, gzip, hashlib, heapq
-import html, io, itertools, json, math, os, random, re, sys, tarfile, textwrap, time, unicodedata, urllib.request, warnings
+import argparse
+import cmath
+import colorsys
+import csv
+import fcntl
+import glob
+import gzip
+import hashlib
+import heapq
+import html
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import tarfile
+import textwrap
+import time
+import unicodedata
+import urllib.request
+import warnings
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from itertools import groupby, takewhile
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", module="PIL")              # odd pictures are dealt with here, not on the terminal
+warnings.filterwarnings("ignore", module="PIL")  # odd pictures are dealt with here
 
-# pictures: decode, crop, normalise
 
-MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)      # OpenAI's
+# pictures
+
+MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # OpenAI's
 MAX_PIXELS = 50_000_000
 
 
 def open_image(image):
-    """PIL picture from bytes, a path or itself; reads the header only. ValueError above 50 megapixels."""
+    """PIL picture of bytes, a path or a PIL picture; reads no more than the header. ValueError above 50 megapixels."""
     if not isinstance(image, Image.Image):
         image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
     return image
 
 
 def decode(image, enough=None):
-    """RGB picture (PIL) from bytes, a path or a PIL picture.
+    """RGB picture (PIL) of bytes, a path or a PIL picture: first frame, no EXIF rotation, 16 bits scaled to 8.
 
-    enough: (width, height); a JPEG may then be decoded at 1/2, 1/4 or 1/8, but not below this size (four times faster
-    for photographs from a camera). First frame of an animation, EXIF rotation ignored, 16 bits scaled to 8.
+    enough: (width, height); a JPEG is decoded at 1/2, 1/4 or 1/8 if that is no smaller, 5 times faster at 1600 pixels.
     """
     image = open_image(image)
     if enough:
         image.draft("RGB", enough)
     image.load()
-    if image.mode.startswith("I"):                                                   # 16-bit grey: convert() would saturate
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would turn white
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def crop_box(width, height, scale, rng, ratio=(3 / 4, 4 / 3)):
-    """(top, left, height, width) of a random crop: area U(scale) of the picture, log-uniform ratio (as torchvision)."""
+    """(top, left, height, width) of a crop: area U(scale) of the picture, log-uniform ratio (torchvision's rule)."""
     for _ in range(10):
         area, aspect = width * height * rng.uniform(*scale), math.exp(rng.uniform(*map(math.log, ratio)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))  # largest centre crop of that shape
-    return (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))  # the middle of a long picture
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def resize_crop(image, box, size):
-    """uint8 [3, size, size]: box (top, left, height, width; may be fractions) of a PIL RGB picture, bicubic."""
+    """uint8 [3, size, size] of a box (top, left, height, width) of an RGB picture (PIL), bicubic with antialiasing.
+
+    PyTorch's resize of uint8 pixels that lie channels last: PIL's result to 1/255, at twice the speed.
+    """
     top, left, h, w = box
-    image = image.resize((size, size), Image.BICUBIC, box=(left, top, left + w, top + h))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(np.array(image.crop((left, top, left + w, top + h)))).permute(2, 0, 1)[None]
+    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 
 def random_resized_crop(image, size, scale, rng, ratio=(3 / 4, 4 / 3)):
-    """uint8 [3, size, size] from bytes, a path or a PIL picture; rng: random.Random."""
+    """uint8 [3, size, size]: a crop_box of bytes, a path or a PIL picture. rng: random.Random."""
     image = open_image(image)
     width, height = image.size
     top, left, h, w = crop_box(width, height, scale, rng, ratio)
     image = decode(image, (math.ceil(width * size / w), math.ceil(height * size / h)))
-    x, y = image.width / width, image.height / height                               # below 1 after a reduced decoding
-    return resize_crop(image, (top * y, left * x, h * y, w * x), size)
+    x, y = image.width / width, image.height / height  # below 1 where it was decoded at a fraction
+    return resize_crop(image, (int(top * y), int(left * x), max(1, round(h * y)), max(1, round(w * x))), size)
 
 
 def center_crop(image, size):
-    """uint8 [3, size, size]: short side to size, then the centre; equals torchvision's Resize and CenterCrop."""
+    """uint8 [3, size, size] of bytes, a path or a PIL picture: torchvision's Resize, bicubic, and CenterCrop."""
     image = decode(image)
-    width, height = image.size
-    short = min(width, height)
-    x, y = width / int(size * width / short), height / int(size * height / short)   # source pixels per pixel
-    left, top = round((width / x - size) / 2), round((height / y - size) / 2)
-    return resize_crop(image, (top * y, left * x, size * y, size * x), size)
+    x, y = (max(0, side - 32 * min(image.size)) // 2 for side in image.size)
+    if x or y:  # a thread of pixels would grow to gigabytes: take its middle
+        image = image.crop((x, y, image.width - x, image.height - y))
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 class Preprocess:
-    """The test-time transform of a model. __call__: bytes, path or PIL picture -> float32 [3, size, size], normalised."""
+    """The test-time transform of a model: bytes, a path or a PIL picture -> float32 [3, size, size], normalised."""
 
     def __init__(self, size, mean=MEAN, std=STD):
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
@@ -96,320 +129,321 @@ class Preprocess:
         return self.normalize(center_crop(image, self.size))
 
     def normalize(self, images):
-        """[..., 3, S, S] uint8, or float in [0, 1] -> float32 (float64 stays), on the device of the images."""
+        """[..., 3, S, S], uint8 or float in [0, 1] -> float32 (float64 stays), on the device of the images."""
         x = images / 255 if images.dtype == torch.uint8 else images.to(torch.promote_types(images.dtype, torch.float32))
         return torch.stack([(x.select(-3, c) - self.mean[c]) / self.std[c] for c in range(3)], -3)
 
 
-# colour augmentation: parameters drawn in the worker, applied on the device
+# colours: parameters drawn in the worker, one row a sample; applied on the device
 
 def color_params(rng, flip=0., jitter=(0, 0, 0, 0, 0), grey=0., blur=0., solarize=0.):
-    """float32 [8]: flip, brightness, contrast, saturation, hue, grey, blur sigma, solarize; identity 0 1 1 1 0 0 0 0.
+    """float32 [8]: flip, brightness, contrast, saturation, hue, grey, blur sigma, solarize. Identity: 0 1 1 1 0 0 0 0.
 
-    flip, grey, blur, solarize: probabilities; sigma ~ U(.1, 2) in pixels of a 224-pixel picture. jitter: (probability,
-    brightness, contrast, saturation, hue) with the ranges of torchvision's ColorJitter.
+    flip, grey, blur, solarize: probabilities. jitter: (probability, brightness, contrast, saturation, hue), with the
+    ranges of torchvision's ColorJitter. sigma ~ U(.1, 2) in pixels of a picture of 224.
     """
-    p, *ranges, hue = jitter
-    if rng.random() < p:
-        color = [rng.uniform(max(0, 1 - r), 1 + r) for r in ranges] + [rng.uniform(-hue, hue)]
-    else:
-        color = [1, 1, 1, 0]
+    probability, *ranges, hue = jitter
+    factors = [1, 1, 1, 0]
+    if rng.random() < probability:
+        factors = [rng.uniform(max(0, 1 - r), 1 + r) for r in ranges] + [rng.uniform(-hue, hue)]
     sigma = rng.uniform(.1, 2) if rng.random() < blur else 0
-    return torch.tensor([rng.random() < flip, *color, rng.random() < grey, sigma, rng.random() < solarize],
-                        dtype=torch.float32)
+    return torch.tensor([rng.random() < flip, *factors, rng.random() < grey, sigma, rng.random() < solarize]).float()
 
 
 def augment(images, params):
-    """uint8 [B, 3, S, S], color_params [B, 8] on the same device -> float32 [B, 3, S, S] in [0, 1]. Never waits for the host.
+    """uint8 [B, 3, S, S] and color_params [B, 8], on one device -> float32 [B, 3, S, S] in [0, 1]. No host sync.
 
-    Fixed order: brightness, contrast, saturation, hue, grey, blur, solarize (torchvision shuffles the first four).
+    Order: brightness, contrast, saturation, hue, grey, blur, solarize (torchvision shuffles the first four).
     """
-    B, _, S, _ = images.shape
-    flip, brightness, contrast, saturation, hue, grey, sigma, solarize = params.float().view(B, 8, 1, 1, 1).unbind(1)
+    flip, brightness, contrast, saturation, hue, grey, sigma, solarize = params[..., None, None, None].unbind(1)
     x = images / 255
     x = torch.where(flip > 0, x.flip(-1), x)
-    luma = lambda x: .2989 * x[:, :1] + .587 * x[:, 1:2] + .114 * x[:, 2:]            # [B, 1, S, S]
     x = (brightness * x).clamp(0, 1)
     x = (contrast * x + (1 - contrast) * luma(x).mean((2, 3), keepdim=True)).clamp(0, 1)
     x = (saturation * x + (1 - saturation) * luma(x)).clamp(0, 1)
     x = torch.where(hue == 0, x, shift_hue(x, hue))
     x = torch.where(grey > 0, luma(x), x)
-    x = torch.where(sigma > 0, gaussian_blur(x, sigma.clamp(min=.1) * S / 224), x)
-    return torch.where((solarize > 0) & (x >= .5), 1 - x, x)
+    x = torch.where(sigma > 0, gaussian_blur(x, sigma.clamp(min=.1) * x.shape[-1] / 224), x)
+    return torch.where((solarize > 0) & (x >= 128 / 256), 1 - x, x)
 
 
-def shift_hue(x, shift):
-    """x [B, 3, S, S] in [0, 1] with its hue (in turns) moved by shift [B, 1, 1, 1]."""
+def luma(x):
+    """[B, 3, S, S] -> [B, 1, S, S]"""
+    return .2989 * x[:, :1] + .587 * x[:, 1:2] + .114 * x[:, 2:]
+
+
+def shift_hue(x, turns):
+    """x [B, 3, S, S] in [0, 1] with the hue moved by turns [B, 1, 1, 1]."""
     r, g, b = x.split(1, 1)
-    top, span = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
-    d = span.clamp(min=1e-12)
-    h = torch.where(top == r, (g - b) / d, torch.where(top == g, 2 + (b - r) / d, 4 + (r - g) / d)) + 6 * shift
-    k = (torch.cat([5 + h, 3 + h, 1 + h], 1)) % 6                                    # [B, 3, S, S]: the HSV hexagon
-    return top - span * torch.minimum(k, 4 - k).clamp(0, 1)
+    top, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)  # [B, 1, S, S]
+    span = (top - low).clamp(min=1e-12)
+    hue = torch.where(top == r, (g - b) / span, torch.where(top == g, 2 + (b - r) / span, 4 + (r - g) / span))
+    hue = hue + 6 * turns  # in sixths of a turn
+    k = torch.cat([5 + hue, 3 + hue, 1 + hue], 1) % 6
+    return top - (top - low) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def gaussian_blur(x, sigma):
-    """x [B, 3, S, S] blurred with its own sigma [B, 1, 1, 1] in pixels; edges mirrored; kernel of S / 11 pixels."""
-    S, radius = x.shape[-1], max(1, round(x.shape[-1] / 22.4))
-    away, at = torch.arange(-radius, radius + 1, device=x.device), torch.arange(S, device=x.device)
-    kernel = torch.softmax(-away ** 2 / (2 * sigma.flatten(1) ** 2), 1)              # [B, 2 radius + 1]
-    source = (S - 1) - ((S - 1) - (at[:, None] + away).abs()).abs()                  # mirrored at both edges
+    """x [B, 3, S, S] with its own sigma [B, 1, 1, 1] in pixels, mirrored at the edges: a banded matrix, used twice."""
+    S, radius = x.shape[-1], max(1, round(x.shape[-1] / 22.4))  # a kernel of 21 pixels at S = 224
+    offset, at = torch.arange(-radius, radius + 1, device=x.device), torch.arange(S, device=x.device)
+    source = (S - 1) - ((S - 1) - (at[:, None] + offset).abs()).abs()  # [S, 2 radius + 1]
     with torch.autocast(x.device.type, enabled=False):
-        matrix = torch.einsum("bk,skt->bst", kernel, (source[..., None] == at).to(kernel.dtype))[:, None]
+        kernel = torch.softmax(-offset ** 2 / (2 * sigma.flatten(1) ** 2), 1)  # [B, 2 radius + 1]
+        matrix = torch.einsum("bk,ikj->bij", kernel, (source[..., None] == at).to(kernel.dtype))[:, None]
         return matrix @ x @ matrix.mT
 
 
 def grid(images, captions, path, columns=4):
     """Writes a PNG of pictures with their captions. images: list of uint8 [3, h, w]; small ones are enlarged."""
-    width = max(160, *(image.shape[2] for image in images))
-    font, cells = ImageFont.load_default(), []
+    width, cells = max(160, *(image.shape[2] for image in images)), []
     for image, caption in zip(images, captions):
-        factor = max(1, width // image.shape[2])
-        image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        text = "\n".join(textwrap.wrap(caption, width // 6)[:5]).encode("latin-1", "replace").decode("latin-1")
-        cell = Image.new("RGB", (width + 8, image.shape[1] + 80), "white")
-        cell.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (4, 4))
-        ImageDraw.Draw(cell).text((4, image.shape[1] + 8), text, "black", font)
+        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        picture = picture.resize([side * (width // picture.width) for side in picture.size], Image.NEAREST)
+        text = "\n".join(part for line in caption.splitlines() for part in textwrap.wrap(line, width // 6))
+        cell = Image.new("RGB", (width + 8, picture.height + 20 + 15 * text.count("\n") + 15), "white")
+        cell.paste(picture, (4, 4))
+        ImageDraw.Draw(cell).text((4, picture.height + 8), text.encode("latin-1", "replace"), "black")  # PIL's own font
         cells.append(cell)
-    height, rows = max(cell.height for cell in cells), math.ceil(len(cells) / columns)
-    sheet = Image.new("RGB", (cells[0].width * min(columns, len(cells)), height * rows), "white")
+    rows, height = math.ceil(len(cells) / columns), max(cell.height for cell in cells)
+    sheet = Image.new("RGB", (columns * (width + 8), rows * height), "white")
     for i, cell in enumerate(cells):
-        sheet.paste(cell, (i % columns * cell.width, i // columns * height))
+        sheet.paste(cell, (i % columns * (width + 8), i // columns * height))
     sheet.save(path, "PNG")
 
 
-# tokens: the byte-pair encoding of CLIP (Radford et al. 2021), exact, by the standard library
+# tokens: CLIP's byte-pair encoding (Radford et al. 2021, clip/simple_tokenizer.py) by the standard library alone
 
-BPE_FILE, BPE_URL = "bpe_simple_vocab_16e6.txt.gz", "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
+BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
+BPE_URL = "https://github.com/openai/CLIP/raw/main/clip/" + BPE_FILE
 BPE_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
+SYMBOL = {b: chr(b if b in PRINTABLE else 256 + i - len(PRINTABLE)) for i, b in enumerate(BYTES)}
+BYTE = {symbol: b for b, symbol in SYMBOL.items()}
 
 
-@functools.lru_cache(None)
-def character_table():
-    """What ftfy does to single characters: ligatures, full-width forms, curly quotes, control characters."""
-    table = {c: unicodedata.normalize("NFKC", chr(c)) for c in [0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4),
-                                                                *range(0xFB00, 0xFB07), 0x3000, *range(0xFF01, 0xFFF0)]}
-    table |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+@lru_cache
+def plain_characters():
+    """Table for str.translate: what ftfy makes of ligatures, full-width forms, curly quotes, control characters."""
+    wide = [0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07), 0x3000]
     gone = [*range(9), 0xB, *range(0xE, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
-    return table | dict.fromkeys(gone)
+    return ({c: unicodedata.normalize("NFKC", chr(c)) for c in wide + [*range(0xFF01, 0xFFF0)]} | dict.fromkeys(gone)
+            | {c: bytes([c]).decode("cp1252", "ignore") or chr(c) for c in range(0x80, 0xA0)} | {0xFB05: "ſt"}
+            | dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"'))
 
 
 def clean(text):
-    """The text in lower case, with single spaces, entities resolved and typographic characters made plain."""
-    if not text.isascii() or "&" in text or not text.isprintable():
+    """Lower case, single spaces, entities resolved, typographic characters made plain, as CLIP does with ftfy."""
+    if "&" in text or not (text.isascii() and text.isprintable()):
         entities, before = "<" not in text, None
         while text != before:
-            before = text
-            text = unicodedata.normalize("NFC", (html.unescape(text) if entities else text).translate(character_table()))
+            before, text = text, html.unescape(text) if entities else text
+            text = unicodedata.normalize("NFC", text.translate(plain_characters()))
         text = html.unescape(html.unescape(text))
     return " ".join(text.split()).lower()
 
 
-@functools.lru_cache(None)
-def pieces():
-    """Compiled pattern of the pieces that are merged on their own: contractions, letters, one digit, the rest."""
-    number = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
-    return re.compile(rf"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-                      rf"|[^\W\d_{number}]+|[\d{number}]|(?:[^\w\s]|_)+", re.IGNORECASE)
+@lru_cache
+def piece_pattern():
+    """Pieces that are encoded on their own: contractions, letters, one digit, the rest. re has no \\p{N}: spelt out."""
+    numbers = [c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) in ("Nl", "No")]
+    runs = [[c for _, c in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
+    number = "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)
+    return re.compile(rf"<\|startoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
+                      rf"|[^\W\d_{number}]+|[\d{number}]|(?:[^\w\s]|_)+")
 
 
-def byte_symbols():
-    """The 256 printable characters that stand for bytes, in the order of their ids, and the byte of each."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-def symbols(piece, characters):
-    """Tuple of the symbols of a piece before any merge; the last one carries the end-of-word mark."""
-    *head, last = (characters[b] for b in piece.encode())
+def spell(piece):
+    """Tuple of the symbols of a piece before any merge; the last one bears the mark of the end."""
+    *head, last = (SYMBOL[b] for b in piece.encode())
     return (*head, last + "</w>")
 
 
-class Tokenizer:
-    """tokens = tokenizer(["a red circle"]): int64 [n, context]: SOT, ids, EOT, then 0; too long texts end in EOT too.
+def join(word, pair):
+    """The word, a tuple of symbols, with every occurrence of the pair, from the left, made one symbol."""
+    joined, i = [], 0
+    while i < len(word):
+        found = word[i:i + 2] == pair
+        joined.append(pair[0] + pair[1] if found else word[i])
+        i += 1 + found
+    return tuple(joined)
 
-    merges: file in OpenAI's format (.txt or .gz) or a list of pairs. Ids: 256 bytes, 256 bytes at the end of a word, the
-    merges, SOT, EOT (the largest). Equal to the released code but for what its ftfy repairs in broken encodings.
+
+class Tokenizer:
+    """tokenizer(["a red circle"]) -> int64 [n, context]: SOT, ids, EOT, zeros; what is too long ends in EOT as well.
+
+    merges: a file in OpenAI's format (.txt or .gz) or a list of pairs. Ids: 256 bytes, 256 bytes that end a word, the
+    merges, SOT, EOT, the largest. Equals the released code but for texts in a broken encoding, which ftfy would mend.
     """
 
     def __init__(self, merges, context=77):
         if isinstance(merges, (str, os.PathLike)):
             with (gzip.open if str(merges).endswith(".gz") else open)(merges, "rt", encoding="utf-8") as file:
-                lines = file.read().split("\n")[1:49152 - 256 - 2 + 1]                # a header first; rare merges unused
-            merges = [tuple(line.split()) for line in lines if line.strip()]
-        self.merges, self.context = [tuple(pair) for pair in merges], context
+                merges = [line.split() for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]  # after the header
+        self.merges, self.context = [tuple(pair) for pair in merges if pair], context
         if any(len(pair) != 2 for pair in self.merges):
-            raise SystemExit("the merges of the tokenizer must be lines of two symbols (OpenAI's bpe_simple_vocab format)")
-        self.bytes = byte_symbols()
-        self.characters = {b: c for c, b in self.bytes.items()}
-        self.vocabulary = [*self.bytes, *(c + "</w>" for c in self.bytes), *map("".join, self.merges), SOT, EOT]
-        self.ids = {symbol: i for i, symbol in enumerate(self.vocabulary)}
+            raise SystemExit(f"--bpe: a line of the merges must hold two symbols, as in OpenAI's {BPE_FILE}")
+        symbols = [SYMBOL[b] for b in BYTES]
+        self.symbols = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in self.merges] + [SOT, EOT]
+        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
-        self.vocab_size, self.sot, self.eot = len(self.vocabulary), len(self.vocabulary) - 2, len(self.vocabulary) - 1
+        self.vocab_size, self.sot, self.eot = len(self.symbols), len(self.symbols) - 2, len(self.symbols) - 1
         self.cache = {}
 
+    def encode(self, text):
+        """List of the ids of a text, without SOT and EOT."""
+        return [i for piece in piece_pattern().findall(clean(text)) for i in self.cache.get(piece) or self.merge(piece)]
+
     def merge(self, piece):
-        """Ids of a piece: the earliest learnt pair is joined everywhere, again and again."""
-        if piece in (SOT, EOT):
-            return [self.ids[piece]]
-        word = symbols(piece, self.characters)
+        """Ids of a piece: the pair learnt first is joined wherever it occurs, again and again."""
+        word = (piece,) if piece in (SOT, EOT) else spell(piece)
         while len(word) > 1:
             pair = min(zip(word, word[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
             if pair not in self.ranks:
                 break
             word = join(word, pair)
-        return [self.ids[symbol] for symbol in word]
-
-    def encode(self, text):
-        """List of ids of a text, without SOT and EOT."""
-        ids = []
-        for piece in pieces().findall(clean(text)):
-            if piece not in self.cache:
-                if len(self.cache) >= 50_000:
-                    self.cache.clear()
-                self.cache[piece] = self.merge(piece)
-            ids += self.cache[piece]
-        return ids
+        if len(self.cache) >= 50_000:
+            self.cache.clear()
+        self.cache[piece] = [self.ids[symbol] for symbol in word]
+        return self.cache[piece]
 
     def decode(self, ids):
-        """Text of ids (list or tensor [n]), up to EOT; SOT is left out."""
-        ids = list(itertools.takewhile(lambda i: i != self.eot, map(int, ids)))
-        text = "".join(self.vocabulary[i] for i in ids if i != self.sot).replace("</w>", " ")
-        return bytes(self.bytes.get(c, 32) for c in text).decode("utf-8", "replace").strip()
+        """Text of ids, a list or a tensor [n], up to EOT and without SOT."""
+        words = [self.symbols[i] for i in takewhile(lambda i: i != self.eot, map(int, ids)) if i != self.sot]
+        words = [bytes(BYTE[c] for c in word.removesuffix("</w>")) + b" " * word.endswith("</w>") for word in words]
+        return b"".join(words).decode("utf-8", "replace").strip()
 
     def __call__(self, texts):
         tokens = torch.zeros(len(texts), self.context, dtype=torch.int64)
         for row, text in zip(tokens, texts):
-            ids = [self.sot, *self.encode(text)[:self.context - 2], self.eot]
-            row[:len(ids)] = torch.tensor(ids)
+            ids = self.encode(text[:100 * self.context])[:self.context - 2]  # 1 MB without a space would take hours
+            row[:len(ids) + 2] = torch.tensor([self.sot, *ids, self.eot])
         return tokens
-
-
-def join(word, pair):
-    """The word (tuple of symbols) with each occurrence of the pair, from the left, made one symbol."""
-    joined, i = [], 0
-    while i < len(word):
-        if word[i:i + 2] == pair:
-            joined.append(pair[0] + pair[1])
-            i += 2
-        else:
-            joined.append(word[i])
-            i += 1
-    return tuple(joined)
 
 
 def train_bpe(captions, size):
     """Merges (list of pairs) for a vocabulary of `size` ids, 514 of which are bytes, SOT and EOT.
 
-    The most frequent pair first, of equal ones the smallest (Sennrich et al. 2016). Only words that hold the merged pair
-    are counted again; outdated entries of the heap are dropped as they come up.
+    Sennrich et al. 2016: the most frequent pair first, of equal ones the smallest. Only the words that hold a pair are
+    counted anew; outdated counts stay in the heap and are passed over as they come up.
     """
-    characters = {b: c for c, b in byte_symbols().items()}
-    counted = collections.Counter(p for caption in captions for p in pieces().findall(clean(caption)) if p not in (SOT, EOT))
-    words, counts = [symbols(piece, characters) for piece in counted], list(counted.values())
-    pairs, where = collections.Counter(), collections.defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += counts[i]
-            where[pair].add(i)
-    heap, merges = [(-count, pair) for pair, count in pairs.items()], []
-    heapq.heapify(heap)
-    while heap and len(merges) < size - 514:
-        count, pair = heapq.heappop(heap)
-        if -count != pairs[pair] or not count:
-            continue
-        merges.append(pair)
-        changed = set()
-        for i in where.pop(pair):
-            old, words[i] = words[i], join(words[i], pair)
-            for p in zip(old, old[1:]):
-                pairs[p] -= counts[i]
-                changed.add(p)
-            for p in zip(words[i], words[i][1:]):
-                pairs[p] += counts[i]
-                where[p].add(i)
-                changed.add(p)
-        for p in changed:
-            heapq.heappush(heap, (-pairs[p], p))
+    pieces = Counter(p for text in captions for p in piece_pattern().findall(clean(text)) if p not in (SOT, EOT))
+    words, counts = [spell(piece) for piece in pieces], list(pieces.values())
+    total, holders = Counter(), defaultdict(set)  # of each pair: its count, the words that hold it
+
+    def count(i, sign):
+        for pair in zip(words[i], words[i][1:]):
+            total[pair] += sign * counts[i]
+            holders[pair].add(i)
+            changed.add(pair)
+
+    merges, heap, changed = [], [], set()
+    for i in range(len(words)):
+        count(i, 1)
+    while len(merges) < size - 514:
+        for pair in changed:
+            heapq.heappush(heap, (-total[pair], pair))
+        while heap and (not heap[0][0] or -heap[0][0] != total[heap[0][1]]):
+            heapq.heappop(heap)
+        if not heap:
+            break
+        merges.append(heapq.heappop(heap)[1])
+        changed.clear()
+        for i in [*holders.pop(merges[-1])]:
+            count(i, -1)
+            words[i] = join(words[i], merges[-1])
+            count(i, 1)
     return merges
 
 
 def find_tokenizer(bpe, spec, root=None):
-    """Tokenizer for a data set. bpe: None (the toy data: trained on it; else OpenAI's merges from $CLIP_BPE, beside this
-    file, the cache, or the net), "train" (on the captions of spec), or a path. SystemExit if there is none."""
+    """Tokenizer for the data set `spec`. bpe: a path; "train": made from its captions; None: so for toy, else OpenAI's,
+    from $CLIP_BPE, beside this file, the user's cache or the net. SystemExit if it cannot be had."""
     if bpe == "train" or (bpe is None and spec == "toy"):
-        return Tokenizer(train_bpe((text for _, text in captions(spec, 200_000 if bpe else 10_000, root)), 8192))
-    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), BPE_FILE)
-    for path in [bpe] if bpe else [os.environ.get("CLIP_BPE"), here, cache(BPE_FILE)]:
-        if path and os.path.exists(path):
-            return Tokenizer(path)
-        if path and path in (bpe, os.environ.get("CLIP_BPE")):
+        return Tokenizer(train_bpe((text for _, text in captions(spec, 100_000 if bpe else 5_000, root)), 8192))
+    path = Path(bpe or os.environ.get("CLIP_BPE") or Path(__file__).with_name(BPE_FILE))
+    if not path.is_file():
+        if bpe or os.environ.get("CLIP_BPE"):
             raise SystemExit(f"--bpe or $CLIP_BPE: there is no file {path}")
-    with locked(path):
-        if not os.path.exists(path):
-            try:
-                with urllib.request.urlopen(BPE_URL, timeout=20) as reply:
-                    content = reply.read()
-            except OSError as error:
-                raise SystemExit(f"no tokenizer: {BPE_URL} cannot be reached ({error}); put {BPE_FILE} (sha256 {BPE_SHA256}) "
-                                 f"beside data.py, name it by --bpe or $CLIP_BPE, or use --bpe train") from None
-            if hashlib.sha256(content).hexdigest() != BPE_SHA256:
-                raise SystemExit(f"{BPE_URL} sent a file with another sha256 than {BPE_SHA256}; try again or use --bpe train")
-            with open(path + ".part", "wb") as file:
-                file.write(content)
-            os.replace(path + ".part", path)
+        path = cache(BPE_FILE)
+        with locked(path):
+            if not path.exists():
+                download(path)
     return Tokenizer(path)
 
 
-# files: what is made once for all ranks, where a data set lies
+def download(path):
+    try:
+        content = urllib.request.urlopen(BPE_URL, timeout=20).read()
+    except OSError as error:
+        raise SystemExit(f"{BPE_URL} cannot be downloaded ({error}): put the file (sha256 {BPE_SHA256}) beside "
+                         f"data.py, name it by --bpe or $CLIP_BPE, or take --bpe train") from None
+    if hashlib.sha256(content).hexdigest() != BPE_SHA256:
+        raise SystemExit(f"{BPE_URL} has not the sha256 {BPE_SHA256}; try again, or take --bpe train")
+    path.with_suffix(".part").write_bytes(content)
+    os.replace(path.with_suffix(".part"), path)
+
+
+# what is made once for all ranks
 
 def cache(name):
-    """Path of a file of this project in the user's cache."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "data-efficient-clip", name)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data-efficient-clip", name)
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(path):
-    """One process at a time makes `path`; the others wait here, then find it."""
+    """One process at a time: the others wait, then find what the first has made."""
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        file = open(path + ".lock", "w")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(f"{path}.lock", "w")
     except OSError as error:
-        raise SystemExit(f"cannot write the cache ({error}); let $XDG_CACHE_HOME name a folder that can be written") from None
+        raise SystemExit(f"the cache cannot be written ({error}): set $XDG_CACHE_HOME to a folder that can") from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def expand(spec):
-    """Paths of "a{00..11}.tar::b{x,y}.tar::folder::*.tar", in order; a folder stands for its *.tar."""
-    paths = []
-    for part in spec.split("::"):
-        brace = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", part)
-        if brace:
-            low, high, names = brace.groups()
-            names = names.split(",") if names else [f"{n:0{len(low)}d}" for n in range(int(low), int(high) + 1)]
-            paths += [p for name in names for p in expand(part[:brace.start()] + name + part[brace.end():])]
-        elif os.path.isdir(os.path.expanduser(part)):
-            paths += sorted(glob.glob(os.path.join(glob.escape(os.path.expanduser(part)), "*.tar")))
-        elif glob.has_magic(part):
-            paths += sorted(glob.glob(os.path.expanduser(part)))
-        else:
-            paths.append(os.path.expanduser(part))
-    return paths
+def make_index(paths, scan, kind):
+    """Folder in the cache with what scan(path) -> rows int64 [n, k], text bytes, Counter of what was left out, finds:
+    rows.npy (first column: place in the joined text; a last one is added: which path), text.npy, skipped.json."""
+    state = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+    folder = cache("index-" + hashlib.sha256(json.dumps([1, kind, state]).encode()).hexdigest()[:24])
+    opened.cache_clear()  # a path may name another file by now
+    with locked(folder):
+        if folder.exists():
+            return folder
+        with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
+            scans = (pool.map if len(paths) > 1 else map)(scan, paths)
+            parts = list(tqdm(scans, "index", len(paths), leave=False, disable=None))
+        rows, texts, skipped = zip(*parts)
+        number = np.repeat(np.arange(len(paths)), [len(part) for part in rows])
+        rows = np.column_stack([np.concatenate(rows), number])
+        rows[:, 0] += np.cumsum([0, *map(len, texts)])[number]
+        part = folder.with_suffix(".part")
+        part.mkdir(exist_ok=True)
+        np.save(part / "rows.npy", rows)
+        np.save(part / "text.npy", np.frombuffer(b"".join(texts), np.uint8))
+        (part / "skipped.json").write_text(json.dumps(sum(skipped, Counter())))
+        os.replace(part, folder)
+    return folder
 
 
-@functools.lru_cache(256)
+@lru_cache
+def mapped(path):
+    return np.load(path, mmap_mode="r")  # all processes share its pages
+
+
+@lru_cache(256)
 def opened(path):
-    return open(path, "rb", buffering=0)                     # closed as it falls out of the cache; pread shares no position
+    return open(path, "rb", buffering=0)  # closed as it falls out of the cache
 
 
 def read(path, offset, size):
-    """bytes at offset; OSError if the file has become shorter."""
+    """Bytes of a file, by pread, which has no position to quarrel about; OSError if the file ends before."""
     content = os.pread(opened(path).fileno(), size, offset)
-    if len(content) != size:
+    if len(content) < size:
         raise OSError(f"{path} ends before byte {offset + size}")
     return content
 
@@ -417,23 +451,16 @@ def read(path, offset, size):
 # data sets
 
 class Pairs(Dataset):
-    """Pictures with captions. A sample is asked for by (index, seed) and comes as the dict of the transform.
+    """Pictures with captions. dataset[index, seed] is the dict of transform(image bytes, caption, rng: random.Random).
 
-    transform(image bytes, caption, rng: random.Random) -> dict of tensors; "index" (of the sample used) and "skipped" (how
-    many failed before it) are added. A sample that fails is replaced by the one 7919 further, at most ten times.
-    `rows` has a row a sample: to select rows is to select samples. `skipped` counts by reason what was left out.
+    A sample that fails is replaced by the one 7919 further on, ten times at most; "index" (of the sample used) and
+    "skipped" (number of failures) are added to the dict. `keep`: numbers of the samples in use; `skipped`: counts, by
+    reason, of what the files hold beside them.
     """
-    rows, classnames, skipped = (), None, {}
+    keep, skipped, classnames = range(0), {}, None
 
     def __len__(self):
-        return len(self.rows)
-
-    def key(self, i): ...                                    # str, the same wherever the data lies
-    def captions(self, i): ...                               # list of str
-    def image(self, i): ...                                  # bytes
-
-    def label(self, i):
-        return None
+        return len(self.keep)
 
     def __getitem__(self, sample):
         index, seed = sample
@@ -444,361 +471,298 @@ class Pairs(Dataset):
                 return self.transform(self.image(index), text, rng) | {"index": index, "skipped": skipped}
             except Exception as error:
                 cause, index = f"{self.key(index)}: {error!r}", (index + 7919) % len(self)
-        raise RuntimeError(f"eleven samples in a row failed; the last was {cause}")
+        raise RuntimeError(f"eleven samples failed one after the other; the last was {cause}")
+
+    def label(self, i):
+        """Number of the class, or None."""
 
 
-def scan(path, require):
-    """Index of a tar: rows int64 [n, 7] (image offset, size, text offset, size, label, key offset, size), keys as bytes,
-    Counter of what was left out. Groups as webdataset and open_clip do: neighbours with the same name up to the first dot."""
-    groups, skipped, length = [], collections.Counter(), os.path.getsize(path)
+class Indexed(Pairs):
+    """Pairs in files. What travels to a worker is the path of the index; the arrays are mapped where they are used."""
+
+    def set_index(self, paths, scan, kind):
+        self.index = make_index(paths, scan, kind)
+        self.keep = range(len(mapped(self.index / "rows.npy")))
+        self.skipped = json.loads((self.index / "skipped.json").read_text())
+        if not self.keep:
+            why = ", ".join(f"{n} x {reason}" for reason, n in self.skipped.items()) or "it is empty"
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            raise SystemExit(f"no picture with a {'class' if kind == 'cls' else 'caption'} in {paths[0]}{more}: {why}")
+
+    def row(self, i):
+        return mapped(self.index / "rows.npy")[self.keep[i]].tolist()
+
+    def text(self, i):
+        offset, size, *_ = self.row(i)
+        return mapped(self.index / "text.npy")[offset:offset + size].tobytes().decode("utf-8", "surrogateescape")
+
+
+def expand(spec):
+    """List of paths: "a{08..11}.tar::b{x,y}.tar::folder/*.tar::folder"; a folder stands for its tars."""
+    paths = []
+    for part in spec.split("::"):
+        part = os.path.expanduser(part)
+        if brace := re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", part):
+            low, high, names = brace.groups()
+            names = names.split(",") if names else [f"{n:0{len(low)}d}" for n in range(int(low), int(high) + 1)]
+            paths += [path for name in names for path in expand(part[:brace.start()] + name + part[brace.end():])]
+        elif os.path.isdir(part):
+            paths += sorted(map(str, Path(part).glob("*.tar")))
+        else:
+            paths += sorted(glob.glob(part)) if glob.has_magic(part) else [part]
+    return paths
+
+
+def scan_tar(path, require):
+    """Rows (key's offset, size, picture's offset, size, caption's offset, size, class) of a tar; keys; what is not in.
+
+    A sample is a run of members whose names agree up to the first dot, as in webdataset; an extension that comes again
+    begins a new one, as in open_clip.
+    """
+    groups, rows, keys, skipped = [], [], bytearray(), Counter()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                folder, slash, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                extension = extension.lower()
-                if not member.isreg() or member.issparse() or not stem or not dot or re.fullmatch("__.*__", base):
+                folder, slash, name = member.name.rpartition("/")
+                stem, dot, extension = name.partition(".")
+                key, extension = folder + slash + stem, extension.lower()
+                if not (member.isreg() and stem and dot) or member.issparse() or re.fullmatch("__.*__", name):
                     continue
-                key = folder + slash + stem
                 if not groups or groups[-1][0] != key or extension in groups[-1][1]:
                     groups.append((key, {}))
                 groups[-1][1][extension] = member.offset_data, member.size
-    except tarfile.ReadError:
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # the mark of the end
+                raise tarfile.ReadError
+    except tarfile.TarError:
         skipped["damaged or truncated tar"] += 1
-    rows, keys = [], bytearray()
     for key, group in groups:
         image = next((group[e] for e in ("jpg", "png", "jpeg", "webp") if e in group), None)
-        text, label = group.get("txt", (0, 0)), group.get("cls")
-        if any(offset + size > length for offset, size in group.values()):
-            skipped["past the end of a truncated tar"] += 1
-            continue
-        if image is None:
-            skipped["no picture"] += 1
-            continue
+        text, label = group.get("txt", (0, 0)), group.get("cls", (0, 0))
         try:
-            label = int(read(path, *label)) if label else -1
-        except ValueError:
-            label = -1
-        try:
-            blank = not read(path, *text).decode().strip()
-            reason = "blank or no caption" if blank else None
-        except UnicodeDecodeError:
-            reason = "caption is not UTF-8"
-        if require == "cls":
-            text = (0, 0) if reason else text
-            reason = "no class" if label < 0 else None
-        if reason:
-            skipped[reason] += 1
+            if max(offset + size for offset, size in group.values()) > os.path.getsize(path):
+                raise ValueError("cut off by the end of the tar")
+            if not image:
+                raise ValueError("no picture")
+            if require == "txt" and not read(path, *text).decode().strip():
+                raise ValueError("blank or no caption")
+            label = read(path, *label).strip()
+            label = int(label) if label.isdigit() else -1
+            if require == "cls" and label < 0:
+                raise ValueError("no class")
+        except ValueError as error:
+            skipped["caption not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)] += 1
             continue
-        rows.append((*image, *text, label, len(keys), len(key.encode("utf-8", "surrogateescape"))))
-        keys += key.encode("utf-8", "surrogateescape")
-    return np.array(rows, dtype=np.int64).reshape(-1, 7), bytes(keys), skipped
+        key = key.encode("utf-8", "surrogateescape")
+        rows.append((len(keys), len(key), *image, *text, label))
+        keys += key
+    return np.array(rows, np.int64).reshape(-1, 7), bytes(keys), skipped
 
 
-class TarDataset(Pairs):
-    """webdataset tars: key.jpg (png, jpeg, webp) with key.txt, and key.cls in test sets.
+class TarDataset(Indexed):
+    """webdataset tars: key.jpg (.png, .jpeg, .webp), key.txt and, in test sets, key.cls, with a file classnames.txt.
 
-    require: "txt" (training; the text is one caption) or "cls" (tests; each line of the text, if any, is a caption). The
-    tars are indexed once, in parallel, into the user's cache; processes share the index by memory map, and read by pread.
+    require: "txt" (training: the text is one caption) or "cls" (tests: each line of a text is a caption).
     """
 
     def __init__(self, spec, transform, require="txt"):
         self.paths, self.transform, self.require = expand(spec), transform, require
-        missing = [path for path in self.paths if not os.path.isfile(path)]
-        if missing or not self.paths:
-            raise SystemExit(f"no such data: {missing[0]}" if missing else f"no .tar files in {spec}")
-        state = [(os.path.abspath(p), os.path.getsize(p), os.stat(p).st_mtime_ns) for p in self.paths]
-        self.index = cache("index-" + hashlib.sha256(json.dumps([1, require, state]).encode()).hexdigest()[:32])
-        with locked(self.index):
-            if not os.path.exists(self.index):
-                self.build()
-        with open(os.path.join(self.index, "skipped.json")) as file:
-            self.skipped = json.load(file)
-        self.keep = slice(None)
-        self.map()
-        if not len(self):
-            why = ", ".join(f"{reason}: {n}" for reason, n in self.skipped.items()) or "no files in it"
-            raise SystemExit(f"{spec} holds no picture with a {'caption (.txt)' if require == 'txt' else 'class (.cls)'} ({why})")
-        names = os.path.join(os.path.dirname(self.paths[0]), "classnames.txt")
-        if os.path.exists(names):
-            with open(names, encoding="utf-8") as file:
-                self.classnames = file.read().splitlines()
-
-    def build(self):
-        job = functools.partial(scan, require=self.require)
-        if len(self.paths) == 1:
-            parts = [job(self.paths[0])]
-        else:
-            with concurrent.futures.ProcessPoolExecutor(min(len(self.paths), os.cpu_count(), 32)) as pool:
-                parts = list(tqdm(pool.map(job, self.paths), "index", len(self.paths), disable=None, leave=False))
-        shard = np.repeat(np.arange(len(parts)), [len(rows) for rows, _, _ in parts])
-        start = np.cumsum([0] + [len(keys) for _, keys, _ in parts])[shard]
-        rows = np.column_stack([np.concatenate([rows for rows, _, _ in parts]), shard])
-        rows[:, 5] += start
-        os.makedirs(self.index + ".part", exist_ok=True)
-        np.save(self.index + ".part/rows.npy", rows)
-        np.save(self.index + ".part/keys.npy", np.frombuffer(b"".join(keys for _, keys, _ in parts), np.uint8))
-        with open(self.index + ".part/skipped.json", "w") as file:
-            json.dump(sum((skipped for _, _, skipped in parts), collections.Counter()), file)
-        os.replace(self.index + ".part", self.index)
-
-    def map(self):
-        self.rows = np.load(os.path.join(self.index, "rows.npy"), mmap_mode="r")[self.keep]
-        self.keys = np.load(os.path.join(self.index, "keys.npy"), mmap_mode="r")
-
-    def __getstate__(self):                                  # a spawned worker maps the index itself
-        return {name: value for name, value in vars(self).items() if name not in ("rows", "keys")}
-
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self.map()
+        missing = [path for path in self.paths if not os.path.isfile(path)] if self.paths else [f"tar in {spec}"]
+        if missing:
+            raise SystemExit(f"there is no {missing[0]}; data are a folder or pattern of tars, a .tsv, .csv or .jsonl")
+        self.set_index(self.paths, partial(scan_tar, require=require), require)
+        names = Path(self.paths[0]).with_name("classnames.txt")
+        self.classnames = names.read_text("utf-8").splitlines() if names.exists() else None
 
     def key(self, i):
-        *_, start, size, shard = self.rows[i].tolist()
-        shard = os.path.basename(self.paths[shard]).removesuffix(".tar")
-        return shard + "/" + self.keys[start:start + size].tobytes().decode("utf-8", "surrogateescape")
+        return Path(self.paths[self.row(i)[-1]]).stem + "/" + self.text(i)
 
     def captions(self, i):
-        _, _, offset, size, _, _, _, shard = self.rows[i].tolist()
-        text = read(self.paths[shard], offset, size).decode()
+        *_, offset, size, _, number = self.row(i)
+        text = read(self.paths[number], offset, size).decode("utf-8", "replace")
         return [text] if self.require == "txt" else [line for line in text.splitlines() if line.strip()]
 
     def image(self, i):
-        offset, size, *_, shard = self.rows[i].tolist()
-        return read(self.paths[shard], offset, size)
+        _, _, offset, size, *_, number = self.row(i)
+        return read(self.paths[number], offset, size)
 
     def label(self, i):
-        label = int(self.rows[i, 4])
+        label = self.row(i)[-2]
         return None if label < 0 else label
 
 
-class TableDataset(Pairs):
-    """.tsv or .csv with the columns filepath and title, or .jsonl with filename and caption (str or list of str).
+def scan_table(path):
+    """Rows (offset, size) into the text of JSON records [file name, captions] of a table; what is left out."""
+    rows, text, skipped = [], bytearray(), Counter()
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        if path.endswith(".jsonl"):
+            lines, name, title = map(json.loads, file), "filename", "caption"
+        else:
+            first = file.readline()
+            split = csv.reader if "\t" not in first else partial(map, lambda line: line.rstrip("\r\n").split("\t"))
+            header, lines = next(split([first]), []), split(file)  # tabs: a quote is a quote
+            if not {"filepath", "title"} <= {*header}:
+                raise SystemExit(f"{path}: the first line must name the columns filepath and title, not {header}")
+            name, title = header.index("filepath"), header.index("title")
+        while True:
+            try:
+                line = next(lines)
+                found = [line[title]] if isinstance(line[title], str) else line[title]
+                found = [caption for caption in found if caption.strip()]
+                record = json.dumps([line[name], found], ensure_ascii=False).encode()
+                if not found:
+                    raise ValueError("blank or no caption")
+            except StopIteration:
+                break
+            except UnicodeEncodeError:
+                skipped["caption not UTF-8"] += 1
+            except (ValueError, LookupError, TypeError, AttributeError, csv.Error):
+                skipped["no file name or no caption"] += 1
+            else:
+                rows.append((len(text), len(record)))
+                text += record
+    return np.array(rows, np.int64).reshape(-1, 2), bytes(text), skipped
 
-    Pictures lie relative to the table. Only the place of each line is kept. Lines of a table with tabs are split at the
-    tabs and nothing else: a caption may begin with a quote.
-    """
+
+class TableDataset(Indexed):
+    """.tsv or .csv with the columns filepath and title, or .jsonl with filename and caption, a text or a list of texts.
+    Pictures lie relative to the table."""
 
     def __init__(self, path, transform):
-        self.path, self.transform, self.keep = path, transform, slice(None)
+        self.path, self.transform = path, transform
         if not os.path.isfile(path):
-            raise SystemExit(f"no such data: {path}")
-        with open(path, "rb") as file:
-            first = file.readline().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").rstrip("\r\n")
-        self.form = "json" if path.endswith("l") else "tab" if "\t" in first or path.endswith(".tsv") else "csv"
-        if self.form != "json":
-            header = first.split("\t") if self.form == "tab" else next(csv.reader([first]))
-            if not {"filepath", "title"} <= set(header):
-                raise SystemExit(f"{path}: the header must name the columns filepath and title, not {header}")
-            self.columns = header.index("filepath"), header.index("title")
-        self.rows, self.skipped = self.lines()
-        if not len(self):
-            raise SystemExit(f"{path} holds no picture with a caption ({dict(self.skipped)})")
-
-    def lines(self):
-        """int64 [n, 2]: offset and size of each record that has a caption; Counter of the others."""
-        rows, skipped, start, end = [], collections.Counter(), 0, 0
-        with open(self.path, "rb") as file:
-            record = b""
-            for line in file:
-                start, end, record = end if not record else start, end + len(line), record + line
-                if self.form == "csv" and record.count(b'"') % 2:                      # a quoted line break
-                    continue
-                content, record = record, b""
-                if start == 0 and self.form != "json":
-                    continue
-                try:
-                    _, texts = self.parse(content)
-                except UnicodeDecodeError:
-                    skipped["caption is not UTF-8"] += 1
-                except (ValueError, IndexError, KeyError, TypeError):
-                    skipped["line without the columns"] += 1
-                else:
-                    if texts:
-                        rows.append((start, end - start))
-                    else:
-                        skipped["blank or no caption"] += 1
-        return np.array(rows, dtype=np.int64).reshape(-1, 2), skipped
-
-    def parse(self, line):
-        """(file name, non-blank captions) of a record."""
-        line = line.removeprefix(b"\xef\xbb\xbf").decode().rstrip("\r\n")
-        if self.form == "json":
-            record = json.loads(line)
-            name, texts = record["filename"], record["caption"]
-            texts = [texts] if isinstance(texts, str) else texts
-        else:
-            fields = line.split("\t") if self.form == "tab" else next(csv.reader(io.StringIO(line, newline="")))
-            name, texts = fields[self.columns[0]], [fields[self.columns[1]]]
-        return name, [text for text in texts if text.strip()]
-
-    def record(self, i):
-        return self.parse(read(self.path, *self.rows[i].tolist()))
+            raise SystemExit(f"there is no {path}")
+        self.set_index([path], scan_table, "table")
 
     def key(self, i):
-        return self.record(i)[0]
+        return json.loads(self.text(i))[0]
 
     def captions(self, i):
-        return self.record(i)[1]
+        return json.loads(self.text(i))[1]
 
     def image(self, i):
-        with open(os.path.join(os.path.dirname(self.path), self.key(i)), "rb") as file:
-            return file.read()
+        return Path(self.path).parent.joinpath(self.key(i)).read_bytes()
 
 
 # the built-in data
 
-COLORS = {"red": (0, "crimson scarlet ruby"), "orange": (28, "tangerine amber"), "yellow": (54, "golden lemon"),
-          "green": (120, "emerald lime"), "cyan": (180, "turquoise teal"), "blue": (225, "azure navy"),
-          "purple": (272, "violet lilac"), "pink": (325, "rose magenta")}               # hue in degrees, synonyms
-SHAPES = {"circle": "disc dot ball", "square": "box block", "triangle": "wedge pyramid", "star": "asterisk starlet",
-          "cross": "plus crucifix", "ring": "hoop donut", "crescent": "moon sickle", "heart": "valentine lovesign"}
-TOY = dict(pairs=50_000, side=40, mismatch=.1, no_color=.25, no_shape=.15, synonym=.5, second=.3, noise=.35, hue=9, small=.16,
-           large=.36)
-CLASSES = [(color, shape) for color in COLORS for shape in SHAPES]
-HELD_OUT = {(c, s) for i, c in enumerate(COLORS) for j, s in enumerate(SHAPES) if (i - j) % 8 in (0, 3)}    # 2 a row, 2 a column
+def arc(radius, start, end, n=24, center=0):
+    """n + 1 points, as complex numbers, of an arc between two angles in turns."""
+    return [center + cmath.rect(radius, math.tau * (start + (end - start) * k / n)) for k in range(n + 1)]
 
 
-@functools.lru_cache(None)
-def outline(shape):
-    """Polygon [(x, y)] of a shape around 0, of radius 1."""
-    arc = lambda r, a, b, n, x=0: [(x + r * math.cos(math.tau * (a + (b - a) * k / n)), r * math.sin(math.tau * (a + (b - a) * k / n)))
-                                   for k in range(n + 1)]
-    if shape == "star":
-        return [(r * math.cos(math.tau * k / 10), r * math.sin(math.tau * k / 10)) for k, r in enumerate([1, .42] * 5)]
-    if shape == "cross":
-        quarter = [(1, -.3), (1, .3), (.3, .3)]
-        return [(x * c - y * s, x * s + y * c) for c, s in [(1, 0), (0, 1), (-1, 0), (0, -1)] for x, y in quarter]
-    if shape == "heart":
-        turns = [math.tau * k / 32 for k in range(32)]
-        return [(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16) for t in turns]
-    return {"circle": arc(1, 0, 1, 32), "square": arc(1.1, 0, 1, 4), "triangle": arc(1.15, 0, 1, 3),
-            "ring": arc(1, 0, 1, 32) + arc(.55, 1, 0, 32), "crescent": arc(1, .12, .88, 24) + arc(.8, .85, .15, 24, .42)}[shape]
+COLORS = {"red": (0, "crimson", "scarlet"), "orange": (28, "tangerine", "amber"), "yellow": (54, "golden", "lemon"),
+          "green": (120, "emerald", "lime"), "cyan": (180, "turquoise", "teal"), "blue": (225, "azure", "navy"),
+          "purple": (272, "violet", "lilac"), "pink": (325, "rose", "magenta")}  # hue in degrees, synonyms
+SHAPES = {"circle": (arc(1, 0, 1), "disc", "dot"), "ring": (arc(1, 0, 1) + arc(.55, 1, 0), "hoop", "donut"),
+          "square": (arc(1.1, 0, 1, 4), "box", "block"), "triangle": (arc(1.15, 0, 1, 3), "wedge", "pyramid"),
+          "star": ([cmath.rect(1 - k % 2 * .58, math.tau * k / 10) for k in range(10)], "starlet", "asterisk"),
+          "cross": ([z * 1j ** n for n in range(4) for z in (1 - .3j, 1 + .3j, .3 + .3j)], "plus", "crucifix"),
+          "crescent": (arc(1, .12, .88) + arc(.8, .85, .15, 24, .42), "moon", "sickle"),
+          "heart": (arc(.5, .5, 1, 12, -.5) + arc(.5, .5, 1, 12, .5) + [1.15j], "valentine", "sweetheart")}  # polygon
+KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
+HELD_OUT = [kind for i, kind in enumerate(KINDS) if i // 8 % 2 == i % 8 % 2 == 0]  # 4 colours x 4 shapes
+TRAINED = [kind for kind in KINDS if kind not in HELD_OUT]
+BESIDE = {(c, s): [kind for kind in TRAINED if not {(c, kind[1]), (kind[0], s)} & {*HELD_OUT}] for c, s in KINDS}
+OPENINGS = ["a", "a", "the", "my", "one", "nice", "a photo of a", "picture of a", "this is a", "stock image :"]
+CHATTER = ["free download", "holiday 2014", "for sale", "vector clip art", "made by anna", "img 0042", "best price",
+           "from our trip to paris", "with dog", "new in shop", "# art", "( signed print )", "cat not included"]
+TOY = {"pairs": 24_576, "side": 40, "radius": (.3, .45), "shift": .08, "turn": .05, "hue": 9, "patches": .2, "noise": .2,
+       "second": .1, "mismatch": .1, "color": .65, "shape": .7, "synonym": .5, "chatter": .35}  # pictures; captions  # pictures; captions
 
 
 class ToyDataset(Pairs):
-    """Small scenes drawn on demand, a function of (seed, split, index) alone, with captions as the web writes them:
-    synonyms, attributes left out, words about nothing in the picture, a tenth of them of another picture.
+    """Small scenes, each a function of (seed, split, number) alone, with captions like those of the web: synonyms,
+    attributes left out, words about nothing in the picture, a tenth of them of another picture.
 
-    16 of the 64 combinations of colour and shape appear in no training picture or caption; the split "test" shows only
-    these, with their label among all 64 names, and one full clean caption each.
+    Of the 64 kinds (colour, shape) 16 are in no training picture or caption. The split "test" shows these alone: their
+    class is among all 64, their caption is clean and full.
     """
+    classnames = [" ".join(kind) for kind in KINDS]
 
     def __init__(self, length, transform, split="train", seed=0):
-        self.rows, self.transform, self.split, self.seed = np.arange(length), transform, split, seed
-        self.keep = slice(None)
-        self.classnames = [f"{color} {shape}" for color, shape in CLASSES]
+        self.keep, self.transform, self.split, self.seed = range(length), transform, split, seed
 
-    def key(self, i):
-        return f"toy-{self.split}/{self.rows[i]:08d}"
+    def rng(self, what, number):
+        return random.Random(f"{self.seed} {self.split} {what} {number}")
 
     def scene(self, number):
-        """(rng, dict of what is in picture `number`)."""
-        rng = random.Random(f"{self.seed} {self.split} {number}")
-        main = rng.choice([c for c in CLASSES if (c in HELD_OUT) == (self.split == "test")])
-        size, x, y = rng.uniform(TOY["small"], TOY["large"]), rng.uniform(.3, .7), rng.uniform(.3, .7)
-        other = None
-        if rng.random() < TOY["second"]:
-            other = rng.choice([(c, s) for c, s in CLASSES if not {(c, s), (main[0], s), (c, main[1])} & HELD_OUT and c != main[0]
-                                and s != main[1]])if self.split == "train" else rng.choice([c for c in CLASSES if c not in HELD_OUT])
-        return rng, dict(main=main, size=size, x=x, y=y, other=other, background=rng.choice(["plain", "rough", "striped"]),
-                         light=rng.choice(["dark", "bright"]))
+        """Dict of what is in a picture. A second object makes no held-out kind with the first one, however combined."""
+        rng = self.rng("scene", number)
+        kind = rng.choice(HELD_OUT if self.split == "test" else TRAINED)
+        size, x, y = rng.random(), *(.5 + rng.uniform(-1, 1) * TOY["shift"] for _ in "xy")
+        other = rng.choice(BESIDE[kind]) if rng.random() < TOY["second"] else None
+        return {"kind": kind, "other": other, "x": x, "y": y,
+                "radius": TOY["radius"][0] * (1 - size) + TOY["radius"][1] * size,
+                "size": "large" if size > .5 else "small", "light": rng.choice(["dark", "bright"])}
+
+    def key(self, i):
+        return f"toy-{self.split}/{self.keep[i]:08d}"
 
     def label(self, i):
-        return CLASSES.index(self.scene(self.rows[i])[1]["main"])
+        return KINDS.index(self.scene(self.keep[i])["kind"])
 
     def captions(self, i):
-        rng, scene = self.scene(self.rows[i])
+        rng, scene = self.rng("caption", self.keep[i]), self.scene(self.keep[i])
         if self.split == "test":
-            return [self.full(scene)]
-        rng = random.Random(f"{self.seed} words {self.rows[i]}")
+            return [f"a {scene['size']} {' '.join(scene['kind'])} on a {scene['light']} background"]
         if rng.random() < TOY["mismatch"]:
-            scene = self.scene(self.rows[i] + 1)[1]
-        return [self.caption(scene, rng)]
+            scene = self.scene(self.keep[i] + 1)
 
-    def full(self, scene):
-        color, shape = scene["main"]
-        other = f" and a tiny {' '.join(scene['other'])}" if scene["other"] else ""
-        return f"a {size_word(scene)} {color} {shape} {place(scene)}{other} on a {scene['light']} {scene['background']} background"
+        def some(probability, text, otherwise=""):
+            return text if rng.random() < probability else otherwise
 
-    def caption(self, scene, rng):
         def name(color, shape):
-            color = rng.choice(COLORS[color][1].split()) if rng.random() < TOY["synonym"] else color
-            shape = rng.choice(SHAPES[shape].split()) if rng.random() < TOY["synonym"] else shape
-            words = [] if rng.random() < TOY["no_color"] else [color]
-            return " ".join(words + [rng.choice(["thing", "object", "one"]) if rng.random() < TOY["no_shape"] else shape])
-        words = [rng.choice(["a photo of a", "a", "the", "my", "one", "picture of a", "this is a", "stock image:", "nice", ""])]
-        words += [size_word(scene)] * (rng.random() < .4) + [name(*scene["main"])] + [place(scene)] * (rng.random() < .3)
-        words += ["with a " + name(*scene["other"])] if scene["other"] and rng.random() < .6 else []
-        words += [f"on a {scene['light']} background"] * (rng.random() < .2) + [scene["background"]] * (rng.random() < .1)
-        extra = ["free download", "holiday 2014", "for sale", "vector clip art", "made by anna", "img 0042", "best price", "wallpaper hd",
-                 "from our trip to paris", "with dog", "new in shop", "logo design", "#art", "(signed print)", "cat not included"]
-        return " ".join([w for w in words if w] + [rng.choice(extra) for _ in range(2) if rng.random() < .35])
+            color, shape = (some(TOY["synonym"], rng.choice(names[word][1:]), word)
+                            for names, word in [(COLORS, color), (SHAPES, shape)])
+            return some(TOY["color"], color) + " " + some(TOY["shape"], shape, rng.choice(["thing", "object"]))
+
+        words = [rng.choice(OPENINGS), some(.4, scene["size"]), name(*scene["kind"]),
+                 some(.6, f"with a {name(*scene['other'])}") if scene["other"] else "",
+                 some(.2, f"on a {scene['light']} background"),
+                 some(TOY["chatter"], rng.choice(CHATTER)), some(TOY["chatter"], rng.choice(CHATTER))]
+        return [" ".join(" ".join(words).split())]
 
     def image(self, i):
-        rng, scene = self.scene(self.rows[i])
-        side = TOY["side"]
-        low, high = (.1, .45) if scene["light"] == "dark" else (.55, .95)
-        tone = [int(255 * rng.uniform(low, high)) for _ in range(3)]
-        picture = Image.new("RGB", (side, side), tuple(tone))
-        if scene["background"] == "striped":
-            draw, step, other = ImageDraw.Draw(picture), rng.randint(4, 9), tuple(min(255, t + 40) for t in tone)
-            for x in range(rng.randint(-step, 0), 2 * side, 2 * step):
-                draw.polygon([(x, 0), (x + step, 0), (x + step - side, side), (x - side, side)], other)
-        if scene["background"] == "rough":
-            patches = Image.frombytes("RGB", (6, 6), rng.randbytes(108)).resize((side, side), Image.BICUBIC)
-            picture = Image.blend(picture, patches, .35)
-        paste(picture, scene["main"], scene["x"], scene["y"], scene["size"], rng)
-        if scene["other"]:
-            x, y = (.85 if scene["x"] < .5 else .15), rng.choice([.15, .85])
-            paste(picture, scene["other"], x, y, .11, rng)
+        rng, scene, side = self.rng("picture", self.keep[i]), self.scene(self.keep[i]), TOY["side"]
+        tone = [rng.randint(*{"dark": (5, 45), "bright": (60, 100)}[scene["light"]]) for _ in range(3)]
+        patches = Image.frombytes("RGB", (6, 6), rng.randbytes(108)).resize((side, side), Image.BICUBIC)
+        picture = Image.blend(Image.new("RGB", (side, side), tuple(tone)), patches, rng.uniform(0, TOY["patches"]))
+        second = (scene["other"], .15 if scene["x"] > .5 else .85, rng.choice([.15, .85]), .11)
+        for kind, x, y, radius in [(scene["kind"], scene["x"], scene["y"], scene["radius"]), second]:
+            if kind:
+                hue = (COLORS[kind[0]][0] + rng.uniform(-1, 1) * TOY["hue"]) / 360 % 1
+                tone = colorsys.hsv_to_rgb(hue, rng.uniform(.6, 1), rng.uniform(.75, 1))
+                place, turn = 3 * side * complex(x, y), cmath.rect(3 * side * radius, math.tau * rng.uniform(-1, 1) * TOY["turn"])
+                mask = Image.new("L", (3 * side, 3 * side))
+                points = [place + turn * z for z in SHAPES[kind[1]][0]]
+                ImageDraw.Draw(mask).polygon([(z.real, z.imag) for z in points], 255)
+                picture.paste(tuple(int(255 * t) for t in tone), (0, 0), mask.reduce(3))
         noise = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
-        picture = Image.blend(picture, noise, rng.uniform(.03, TOY["noise"]))
-        stream = io.BytesIO()
-        picture.save(stream, "JPEG", quality=90)
-        return stream.getvalue()
-
-
-def paste(picture, kind, x, y, size, rng):
-    """Draws a (colour, shape) into a PIL picture at (x, y), radius `size`, in parts of its side; any rotation and shade."""
-    (hue, _), side = COLORS[kind[0]], picture.width
-    tone = colorsys.hsv_to_rgb((hue + rng.uniform(-1, 1) * TOY["hue"]) % 360 / 360, rng.uniform(.55, 1), rng.uniform(.55, 1))
-    c, s, r = math.cos(turn := rng.uniform(0, math.tau)), math.sin(turn), size * 3 * side
-    mask = Image.new("L", (3 * side, 3 * side))
-    ImageDraw.Draw(mask).polygon([(3 * side * x + r * (a * c - b * s), 3 * side * y + r * (a * s + b * c)) for a, b in outline(kind[1])], 255)
-    picture.paste(tuple(int(255 * t) for t in tone), (0, 0), mask.reduce(3))
-
-
-def size_word(scene):
-    return "large" if scene["size"] > (TOY["small"] + TOY["large"]) / 2 else "small"
-
-
-def place(scene):
-    return f"at the {'top' if scene['y'] < .5 else 'bottom'} {'left' if scene['x'] < .5 else 'right'}"
+        file = io.BytesIO()
+        Image.blend(picture, noise, rng.uniform(0, TOY["noise"])).save(file, "JPEG", quality=90)
+        return file.getvalue()
 
 
 def open_dataset(spec, transform, limit=None, subset=None, root=None):
-    """The data set that the string `spec` names; see the top of the file. limit: the first n pairs; subset: a file with one
-    sample key a line; root: where the folders of named sets lie (else $CLIP_DATA, else ./datasets)."""
-    if spec == "toy":
-        return ToyDataset(limit or TOY["pairs"], transform)
+    """Pairs that the string `spec` names (see the top). limit: the first n; subset: a file with the key of a sample a
+    line; root: the folder of the named sets, else $CLIP_DATA, else ./datasets."""
     if spec in ("cc3m", "cc12m", "yfcc15m"):
         spec = os.path.join(root or os.environ.get("CLIP_DATA") or "datasets", spec)
         if not os.path.isdir(spec):
-            raise SystemExit(f"--data: there is no folder {spec}; put the tars there, or say where by --data-root or $CLIP_DATA")
-    table = spec.endswith((".tsv", ".csv", ".jsonl"))
-    dataset = TableDataset(spec, transform) if table else TarDataset(spec, transform)
+            raise SystemExit(f"--data: there is no folder {spec}; its parent is set by --data-root or $CLIP_DATA")
+    if spec == "toy":
+        dataset = ToyDataset(limit or TOY["pairs"], transform)
+    else:
+        dataset = (TableDataset if spec.endswith((".tsv", ".csv", ".jsonl")) else TarDataset)(spec, transform)
     if subset:
         if not os.path.isfile(subset):
             raise SystemExit(f"--subset: there is no file {subset}")
-        with open(subset, encoding="utf-8", errors="surrogateescape") as file:
-            keys = set(file.read().splitlines())
-        dataset.keep = np.array([i for i in range(len(dataset)) if dataset.key(i) in keys], dtype=np.int64)[:limit]
-        if not len(dataset.keep):
-            raise SystemExit(f"--subset: no line of {subset} is the key of a sample (the first key is {dataset.key(0)})")
-    else:
-        dataset.keep = slice(limit)
-    dataset.rows = dataset.rows[dataset.keep]
+        first, keys = dataset.key(0), {*Path(subset).read_text("utf-8", "surrogateescape").splitlines()}
+        dataset.keep = np.array([i for i in range(len(dataset)) if dataset.key(i) in keys], np.int64)
+        if not len(dataset):
+            raise SystemExit(f"--subset: {subset} names no sample (one is {first})")
+    dataset.keep = dataset.keep[:limit]
     return dataset
 
 
@@ -811,71 +775,86 @@ def captions(spec, limit=None, root=None):
 # order and batches
 
 class EpochBatches:
-    """Batch sampler: lists of (index, seed) for this rank. Set `epoch`, and `start` (steps to leave out) to resume.
+    """Batch sampler of one rank: lists of (index, seed). Set `epoch`, and `start` (steps to leave out) to resume.
 
-    Step k of rank r takes perm[(k W + r) B :][:B] of one permutation a (seed, epoch), so ranks side by side are the batch of
-    one process; the tail of an epoch is dropped. A sample's seed is a function of (seed, epoch, stream, position in the
-    epoch); another `stream` is another pass over the same order. indices: sampled positions instead of range(length).
+    Step k of rank r is perm[(k W + r) B :][:B], perm a function of (seed, epoch): the ranks side by side are the batch
+    of one process. The tail of an epoch is dropped. A sample's seed is a function of (seed, epoch, stream, place in
+    perm): another stream is another pass in the same order. indices: numbers of samples, repeats allowed, to permute
+    instead of range(length).
     """
 
     def __init__(self, length, batch_size, seed=0, rank=0, world=1, indices=None, stream=0):
-        self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
-        self.indices, self.stream, self.epoch, self.start = indices, stream, 0, 0
+        self.indices = np.arange(length) if indices is None else np.asarray(indices)
+        self.batch_size, self.seed, self.rank, self.world, self.stream = batch_size, seed, rank, world, stream
+        self.epoch = self.start = 0
         if not len(self):
-            raise SystemExit(f"--batch-size {batch_size * world} is more than the {self.count()} pairs there are")
-
-    def count(self):
-        return self.length if self.indices is None else len(self.indices)
+            raise SystemExit(f"--batch-size {batch_size * world} is more than the {len(self.indices)} pairs there are")
 
     def __len__(self):
-        return self.count() // (self.batch_size * self.world)
+        return len(self.indices) // (self.batch_size * self.world)
 
     def __iter__(self):
-        order = np.random.default_rng([0, self.seed, self.epoch]).permutation(self.count())
-        seeds = np.random.PCG64([1, self.seed, self.epoch, self.stream]).random_raw(self.count())
-        if self.indices is not None:
-            order = np.asarray(self.indices)[order]
+        perm = np.random.default_rng([0, self.seed, self.epoch]).permutation(len(self.indices))
+        seeds = np.random.PCG64([1, self.seed, self.epoch, self.stream]).random_raw(len(perm)) >> np.uint64(1)
         for step in range(self.start, len(self)):
-            at = (step * self.world + self.rank) * self.batch_size
-            yield list(zip(order[at:at + self.batch_size].tolist(), seeds[at:at + self.batch_size].tolist()))
+            first = (step * self.world + self.rank) * self.batch_size
+            here = slice(first, first + self.batch_size)
+            yield list(zip(self.indices[perm[here]].tolist(), seeds[here].tolist()))
 
 
 def collate(samples):
-    """Dict of stacked tensors; "tokens" [..., L] is cut to the shortest of a few lengths that holds all texts."""
+    """Dict of stacked tensors; "tokens" [..., L] are cut to the shortest of a few lengths that holds them all."""
     batch = default_collate(samples)
     if "tokens" in batch:
-        tokens = batch["tokens"]
-        used = int(tokens.flatten(0, -2).any(0).nonzero().max()) + 1                  # padding is 0, EOT never is
-        length = next(n for n in (16, 24, 32, 48, 64, tokens.shape[-1]) if n >= min(used, tokens.shape[-1]))
-        batch["tokens"] = tokens[..., :length].contiguous()
+        used = int(batch["tokens"].flatten(0, -2).any(0).nonzero().max()) + 1  # padding is 0, EOT never is
+        length = next(n for n in (16, 24, 32, 48, 64, batch["tokens"].shape[-1]) if n >= used)
+        batch["tokens"] = batch["tokens"][..., :length].contiguous()
     return batch
 
 
 def loader(dataset, batches, workers, device=None):
-    """DataLoader over the batches of an EpochBatches; workers live on from epoch to epoch."""
+    """DataLoader of Pairs over EpochBatches; its workers live on from epoch to epoch."""
     cuda = device is not None and torch.device(device).type == "cuda"
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=cuda,
                       persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
 
 
 def check_skipped(skipped, seen):
-    """SystemExit when more than 5 % of the first thousand samples (or of all so far) failed. Counts of all ranks."""
+    """SystemExit if more than 5 % failed, of the first thousand samples or of all so far. Counts of all ranks."""
     if skipped > .05 * max(seen, 1000):
-        raise SystemExit(f"{skipped} samples failed while {seen} were read: wrong path or format? python data.py PATH shows the data")
+        raise SystemExit(f"{skipped} of {seen} samples failed: a wrong path or format? See: python data.py PATH")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Shows what is in a data set.")
-    parser.add_argument("data", help="toy, a name, a path or a pattern")
-    parser.add_argument("--bpe", help="merges of the tokenizer, or train")
-    parser.add_argument("--limit", type=int, help="the first N pairs only")
-    parser.add_argument("--out", default="data.png", help="where the sheet of samples goes")
-    flags = parser.parse_args(argv)
-    transform = lambda image, text, rng: {"image": random_resized_crop(image, 224, (.5, 1), rng)}
-    dataset = open_dataset(flags.data, transform, flags.limit)
+    parser = argparse.ArgumentParser(description="Says what is in a data set and draws a sheet of samples.")
+    parser.add_argument("data", help="toy, cc3m, cc12m, yfcc15m; folder or pattern of tars; a .tsv, .csv or .jsonl")
+    parser.add_argument("--limit", type=int, help="the first N pairs alone")
+    parser.add_argument("--bpe", help="merges of the tokenizer, or: train")
+    parser.add_argument("--out", default="data.png", help="the sheet (default: %(default)s)")
+    args = parser.parse_args(argv)
+
+    def transform(image, caption, rng):
+        crop = random_resized_crop(image, 224, (.5, 1), rng)
+        return {"image": crop, "length": len(tokenizer.encode(caption)) + 2 if tokenizer else 0}
+
+    dataset = open_dataset(args.data, transform, args.limit)
     print(f"{len(dataset):,} pairs" + (f" in {len(dataset.paths):,} tars" if isinstance(dataset, TarDataset) else ""))
-    for reason, n in dataset.skipped.items():
-        print(f"left out: {n:,} ({reason})")
+    print("left out:", ", ".join(f"{n:,} x {reason}" for reason, n in dataset.skipped.items()) or "nothing")
+    try:
+        tokenizer = find_tokenizer(args.bpe, args.data)
+    except SystemExit as error:
+        tokenizer = print(error)
+    picked, start, items = np.random.default_rng(0).permutation(len(dataset)).tolist(), time.time(), []
+    while len(items) < len(picked) and time.time() < start + 4:
+        items.append(dataset[picked[len(items)], 0])
+    print(f"{len(items) / (time.time() - start):,.0f} pairs/s a worker, crops of 224 pixels; of {len(items):,} samples "
+          f"{sum(item['skipped'] for item in items)} failed")
+    if tokenizer:
+        lengths = np.quantile([item["length"] for item in items], [.5, .9, 1]).astype(int)
+        print("tokens of a caption: half of them up to {}, nine in ten up to {}, all up to {}".format(*lengths))
+    sheet = items[:16]
+    grid([item["image"] for item in sheet], [dataset.captions(item["index"])[0] for item in sheet], args.out)
+    print(f"{len(sheet)} samples, as they are cropped: {args.out}")
 
 
 if __name__ == "__main__":

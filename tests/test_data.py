@@ -1,0 +1,735 @@
+"""Pictures, formats, order, augmentation, toy data. All files are made here, in tmp_path."""
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import struct
+import tarfile
+import time
+import warnings
+import zlib
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+
+import data
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("CLIP_DATA", "CLIP_BPE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def picture(width=40, height=30, mode="RGB", number=0):
+    """A smooth colour ramp, different for each number."""
+    y, x = np.mgrid[:height, :width]
+    ramp = np.stack([x * 200 / width + number % 50, y * 200 / height, (x + y) * 100 / (width + height) + number % 7], -1)
+    return Image.fromarray(ramp.astype(np.uint8)).convert(mode)
+
+
+def encoded(image, form="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def write_tar(path, members, form=tarfile.USTAR_FORMAT):
+    """members: list of (name, bytes or str)."""
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, content in members:
+            content = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def samples(keys):
+    return [m for i, key in enumerate(keys) for m in [(f"{key}.jpg", encoded(picture(number=i), "JPEG")), (f"{key}.txt", f"caption {key}")]]
+
+
+def crop_16(image, caption, rng):
+    """A transform that spawned workers can import."""
+    return {"images": data.random_resized_crop(image, 16, (.5, 1), rng), "tokens": torch.tensor([len(caption), rng.randrange(99) + 1] + [0] * 75)}
+
+
+def texts(dataset):
+    return [text for i in range(len(dataset)) for text in dataset.captions(i)]
+
+
+# pictures
+
+def png_header(width, height):
+    """A PNG that says how large it is and holds nothing."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(b"IDAT", b"")
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+GREY_16 = Image.fromarray((np.arange(1200).reshape(30, 40) * 54).astype(np.uint16))
+GOOD = {
+    "grey jpeg": encoded(picture(mode="L"), "JPEG"), "cmyk jpeg": encoded(picture(mode="CMYK"), "JPEG"),
+    "progressive jpeg": encoded(picture(), "JPEG", progressive=True), "exif jpeg": encoded(picture(), "JPEG", exif=EXIF),
+    "rgba png": encoded(picture(mode="RGBA")), "palette png": encoded(picture(mode="P")), "la png": encoded(picture(mode="LA")),
+    "transparent palette png": encoded(picture(mode="P"), transparency=bytes(range(256))),
+    "1-bit png": encoded(picture(mode="1")), "16-bit png": encoded(GREY_16), "bmp": encoded(picture(), "BMP"),
+    "animated gif": encoded(picture(), "GIF", save_all=True, append_images=[picture(number=9)]),
+    "animated webp": encoded(picture(), "WEBP", save_all=True, append_images=[picture(number=9)], lossless=True),
+    "tiff": encoded(picture(), "TIFF"), "1x1": encoded(picture(1, 1)), "3000x1": encoded(picture(3000, 1)),
+    "1x3000": encoded(picture(1, 3000)), "5x400": encoded(picture(5, 400))}
+NOISE = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
+BAD = {"truncated jpeg": NOISE[:len(NOISE) // 2], "truncated png": encoded(picture())[:-40], "html": b"<html>404</html>", "empty": b"",
+       "huge": png_header(8000, 6251), "bomb": png_header(60_000, 60_000), "header alone": png_header(20, 20)}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")
+@pytest.mark.parametrize("name", GOOD)
+def test_decode_good(name):
+    image = data.decode(GOOD[name])
+    assert image.mode == "RGB" and image.size == Image.open(io.BytesIO(GOOD[name])).size
+    plain = {"grey jpeg": "L", "la png": "L", "1-bit png": "1"}.get(name)
+    if image.size == (40, 30) and name not in ("16-bit png", "palette png", "transparent palette png", "animated gif"):
+        expected = picture(mode=plain).convert("RGB") if plain else picture()
+        assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < 6
+    for crop in (data.center_crop(GOOD[name], 24), data.random_resized_crop(GOOD[name], 24, (.5, 1), random.Random(0))):
+        assert crop.shape == (3, 24, 24) and crop.dtype == torch.uint8 and crop.is_contiguous()
+
+
+def test_decode_16_bit():
+    assert np.array_equal(np.asarray(data.decode(GOOD["16-bit png"]))[..., 0], np.asarray(GREY_16) // 257)
+    assert np.asarray(data.decode(encoded(GREY_16, "TIFF"))).max() == 64738 // 257
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_decode_bad(name):
+    with pytest.raises(Exception):
+        data.decode(BAD[name])
+
+
+def test_size_is_checked_before_decoding():
+    with pytest.raises(ValueError, match="8000 x 6251"):
+        data.open_image(BAD["huge"])
+    assert data.open_image(png_header(8000, 6250)).size == (8000, 6250)  # 50 megapixels are allowed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(Exception):
+            data.decode(png_header(10_000, 10_000))
+
+
+def test_decode_takes_what_comes(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    expected = np.asarray(picture())
+    for image in (encoded(picture()), tmp_path / "a.png", str(tmp_path / "a.png"), picture()):
+        assert np.array_equal(np.asarray(data.decode(image)), expected)
+
+
+def test_crop_box_statistics():
+    rng = random.Random(0)
+    boxes = [data.crop_box(1000, 900, (.2, .7), rng) for _ in range(4000)]
+    area = np.array([h * w / 9e5 for _, _, h, w in boxes])
+    ratio = np.log([w / h for _, _, h, w in boxes]) / math.log(4 / 3)
+    for values, low, high in ((area, .2, .7), (ratio, -1, 1)):  # uniform: compare with its quantiles
+        assert np.abs(np.quantile(values, np.linspace(.1, .9, 9)) - np.linspace(low, high, 11)[1:-1]).max() < .05 * (high - low)
+    assert all(t >= 0 and l >= 0 and t + h <= 900 and l + w <= 1000 for t, l, h, w in boxes)
+    left = np.array([l / (1000 - w) for _, l, _, w in boxes if w < 900])
+    assert abs(left.mean() - .5) < .03 and left.min() < .02 and left.max() > .98
+    assert data.crop_box(1000, 10, (.9, 1), rng) == (0, 493, 10, 13)  # too long for any try: the middle
+    assert data.crop_box(10, 1000, (.9, 1), rng) == (493, 0, 13, 10)
+    assert data.crop_box(1, 1, (.5, 1), rng) == (0, 0, 1, 1)
+
+
+def test_resize_crop_equals_torchvision():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    for box in ((0, 0, 90, 120), (10, 20, 31, 47), (5, 6, 64, 64), (3, 4, 5, 6)):
+        expected = TF.resized_crop(image, *box, [64, 64], InterpolationMode.BICUBIC)
+        found = data.resize_crop(image, box, 64)
+        assert (found.int() - TF.pil_to_tensor(expected).int()).abs().max() <= 1
+    assert torch.equal(data.resize_crop(image, (5, 6, 64, 64), 64), TF.pil_to_tensor(image)[:, 5:69, 6:70])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 64), (64, 131), (97, 211), (333, 250), (40, 30), (60, 130), (7, 200)])
+def test_center_crop_equals_torchvision(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    expected = TF.pil_to_tensor(TF.center_crop(TF.resize(image, 64, InterpolationMode.BICUBIC), 64))
+    assert torch.equal(data.center_crop(image, 64), expected)
+
+
+def test_center_crop_of_a_long_picture_takes_no_memory():
+    assert data.center_crop(Image.new("RGB", (1_000_000, 2)), 224).shape == (3, 224, 224)  # resized whole: 75 GB
+
+
+def test_random_resized_crop():
+    image = picture(64, 64)
+    assert torch.equal(data.random_resized_crop(image, 64, (1, 1), random.Random(0), (1, 1)), TF.pil_to_tensor(image))
+    box = data.crop_box(64, 64, (.3, .6), random.Random(5))
+    assert torch.equal(data.random_resized_crop(encoded(image), 20, (.3, .6), random.Random(5)), data.resize_crop(image, box, 20))
+
+
+def test_reduced_decoding():
+    image = encoded(picture(1601, 1200), "JPEG", quality=95)
+    assert data.decode(image, (200, 150)).size == (201, 150) and data.decode(image, (202, 150)).size == (401, 300)
+    for seed in range(8):
+        quick = data.random_resized_crop(image, 64, (.1, 1), random.Random(seed))
+        full = data.random_resized_crop(data.decode(image), 64, (.1, 1), random.Random(seed))
+        assert (quick.float() - full.float()).abs().mean() < 3
+
+
+def test_preprocess():
+    preprocess = data.Preprocess(24)
+    assert (preprocess.size, preprocess.mean, preprocess.std) == (24, data.MEAN, data.STD)
+    pixels = data.center_crop(picture(), 24)
+    expected = TF.normalize(pixels / 255, data.MEAN, data.STD)
+    assert torch.allclose(preprocess(picture()), expected, atol=1e-6) and preprocess(encoded(picture())).dtype == torch.float32
+    batch = torch.stack([pixels, pixels.flip(0)])[None]  # any leading dimensions
+    for images in (batch, batch / 255, batch.double() / 255):
+        found = preprocess.normalize(images)
+        assert torch.allclose(found[0, 0].float(), expected, atol=1e-5)
+        assert found.dtype == (torch.float64 if images.dtype == torch.float64 else torch.float32)
+    assert data.Preprocess(8, (0, 0, 0), (1, 1, 1)).normalize(pixels).max() <= 1
+
+
+# colours
+
+def one_by_one(image, params):
+    """The same by torchvision's functions on one float picture."""
+    flip, brightness, contrast, saturation, hue, grey, sigma, solarize = params.tolist()
+    x = image / 255
+    x = TF.hflip(x) if flip else x
+    x = TF.adjust_contrast(TF.adjust_brightness(x, brightness), contrast)
+    x = TF.adjust_hue(TF.adjust_saturation(x, saturation), hue)
+    x = TF.rgb_to_grayscale(x, 3) if grey else x
+    radius = max(1, round(image.shape[-1] / 22.4))
+    x = TF.gaussian_blur(x, [2 * radius + 1] * 2, [sigma * image.shape[-1] / 224] * 2) if sigma else x
+    return TF.solarize(x, .5) if solarize else x
+
+
+@pytest.mark.parametrize("size", [16, 33, 112])
+def test_augment_equals_torchvision(size):
+    images = torch.randint(0, 256, (24, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    images[:4] = images[:4, :1]  # grey pictures: no hue
+    rng = random.Random(size)
+    params = torch.stack([data.color_params(rng, .5, (.8, .4, .4, .4, .3), .3, .5, .3) for _ in images])
+    params[0] = torch.tensor([1, .3, 1.9, 0, -.5, 0, 2, 1])
+    found = data.augment(images, params)
+    assert found.dtype == torch.float32 and found.min() >= 0 and found.max() <= 1
+    for image, row, x in zip(images, params, found):
+        expected = one_by_one(image, row)
+        near_threshold = ((one_by_one(image, row * torch.tensor([1.] * 7 + [0])) - .5).abs() < 1e-4) & (row[7] > 0)
+        assert (x - expected).abs().masked_fill(near_threshold, 0).max() < 2e-5
+
+
+@pytest.mark.parametrize("column, value", [(0, 1), (1, .6), (2, 1.4), (3, 0), (4, .2), (5, 1), (6, 1.5), (7, 1)])
+def test_augment_one_at_a_time(column, value):
+    """Each parameter does something, to its own picture alone."""
+    images = torch.randint(0, 256, (3, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    identity = torch.tensor([0., 1, 1, 1, 0, 0, 0, 0]).repeat(3, 1)
+    assert torch.equal(data.augment(images, identity), images / 255)
+    identity[1, column] = value
+    found = data.augment(images, identity)
+    assert torch.equal(found[::2], images[::2] / 255)
+    assert (found[1] - images[1] / 255).abs().mean() > .02
+    assert (found[1] - one_by_one(images[1], identity[1])).abs().max() < 2e-5
+
+
+def test_color_params():
+    rng = random.Random(0)
+    assert data.color_params(rng).tolist() == [0, 1, 1, 1, 0, 0, 0, 0] and data.color_params(rng).dtype == torch.float32
+    rows = torch.stack([data.color_params(rng, .5, (.8, .4, .3, 1.5, .1), .2, .3, .4) for _ in range(4000)])
+    share = (rows != torch.tensor([0., 1, 1, 1, 0, 0, 0, 0])).float().mean(0)
+    assert torch.allclose(share, torch.tensor([.5, .8, .8, .8, .8, .2, .3, .4]), atol=.03)
+    jittered, blurred = rows[rows[:, 1] != 1], rows[rows[:, 6] > 0, 6]
+    for column, low, high in ((1, .6, 1.4), (2, .7, 1.3), (3, 0, 2.5), (4, -.1, .1)):
+        values = jittered[:, column]
+        assert low <= values.min() < low + .02 * (high - low) and high - .02 * (high - low) < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < .03 * (high - low)
+    assert .1 <= blurred.min() < .13 and 1.97 < blurred.max() <= 2
+    assert torch.equal(data.color_params(random.Random(7), .5, (1, .4, .4, .4, .1)), data.color_params(random.Random(7), .5, (1, .4, .4, .4, .1)))
+
+
+@pytest.mark.gpu
+def test_augment_on_the_device_without_a_sync():
+    images, rng = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8), random.Random(0)
+    params = torch.stack([data.color_params(rng, .5, (.8, .4, .4, .4, .1), .2, .5, .2) for _ in images])
+    expected, on_device = data.Preprocess(64).normalize(data.augment(images, params)), (images.cuda(), params.cuda())
+    data.Preprocess(64).normalize(data.augment(*on_device))  # libraries are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            found = data.Preprocess(64).normalize(data.augment(*on_device))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (found.cpu() - expected).abs().median() < 1e-5 and ((found.cpu() - expected).abs() > 1e-3).float().mean() < 1e-3
+
+
+def test_grid(tmp_path):
+    images = [torch.full((3, 20, 20), 10 * i, dtype=torch.uint8) for i in range(6)] + [torch.zeros(3, 30, 100, dtype=torch.uint8)]
+    data.grid(images, ["short", "a longer caption " * 9, "日本語 🙂", "", "two\nlines", "é", "wide"], tmp_path / "grid.png", columns=3)
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape[1] == 3 * 168 and sheet.shape[0] % 3 == 0
+    assert (sheet[4:164, 168 + 4:168 + 164] == 10).all() and (sheet[4:164, 168 + 164:168 + 168] == 255).all()
+    assert (sheet[165:175, :168] < 128).any()  # letters below the first picture
+    data.grid([torch.zeros(3, 300, 200, dtype=torch.uint8)], ["one"], tmp_path / "one.png")
+    assert Image.open(tmp_path / "one.png").width == 4 * 208
+
+
+# tars
+
+def test_expand(tmp_path):
+    assert data.expand("a{08..11}.tar::b.tar") == ["a08.tar", "a09.tar", "a10.tar", "a11.tar", "b.tar"]
+    assert data.expand("{x,y/z}-{0..1}.tar") == ["x-0.tar", "x-1.tar", "y/z-0.tar", "y/z-1.tar"]
+    for name in ("b.tar", "a.tar", "c.txt", "[d].tar"):
+        (tmp_path / name).touch()
+    names = [str(tmp_path / name) for name in ("[d].tar", "a.tar", "b.tar")]
+    assert data.expand(str(tmp_path)) == data.expand(f"{tmp_path}/*.tar") == sorted(names)
+    assert data.expand(f"{tmp_path}/*.zip") == []
+
+
+def test_grouping(tmp_path):
+    image = encoded(picture(), "JPEG")
+    path = write_tar(tmp_path / "0.tar", [
+        ("a.jpg", image), ("a.json", "{}"), ("a.txt", "plain"),
+        ("dir.v1/b.PNG", image), ("dir.v1/b.TXT", "upper case, a dot in the folder"),
+        ("c.d.jpg", image), ("c.txt", "the picture's extension is d.jpg"),
+        ("./e.webp", image), ("./e.txt", "dot slash"),
+        ("f.txt", "text first"), ("f.jpeg", image),
+        ("__meta__.jpg", image), ("__a.b__", "metadata"), ("README", "no dot"), (".hidden", "a dot first"), ("x/.jpg", image),
+        ("g.jpg", image), ("._g.jpg", b"junk of a mac"), ("g.txt", "something skipped between"),
+        ("h.jpg", image), ("i.jpg", image), ("h.txt", "not its neighbour"),
+        ("j.jpg", image), ("j.txt", "once"), ("j.jpg", image), ("j.txt", "twice"),
+        ("k.png", b"png"), ("k.jpg", b"jpg"), ("k.webp", b"webp"), ("k.txt", "jpg goes first"),
+        ("l.gif", image), ("l.txt", "no such picture"), ("m.jpg", image), ("m.txt", ""), ("n.jpg", image), ("n.txt", " \n\u3000"),
+        ("o.jpg", image), ("o.txt", "café".encode("latin-1")), ("p.jpg", image), ("p.txt", "  kept as it is \n"), ("q.txt", "no picture")])
+    dataset = data.TarDataset(path, None)
+    assert texts(dataset) == ["plain", "upper case, a dot in the folder", "dot slash", "text first", "something skipped between",
+                              "once", "twice", "jpg goes first", "  kept as it is \n"]
+    assert [dataset.key(i) for i in range(9)] == ["0/" + key for key in ("a", "dir.v1/b", "./e", "f", "g", "j", "j", "k", "p")]
+    assert dataset.image(0) == image and dataset.image(7) == b"jpg" and dataset.label(0) is None
+    assert dataset.skipped == {"no picture": 4, "blank or no caption": 5, "caption not UTF-8": 1}
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_tar_flavours(tmp_path, form):
+    """Long and non-ASCII names, a folder, a link: offsets are those at which the bytes lie."""
+    long = "folder/" * (12 if form == tarfile.USTAR_FORMAT else 40) + "n" * 90
+    keys = ["plain", long] + ([] if form == tarfile.USTAR_FORMAT else ["ünï/日本", "x" * 300])
+    path = write_tar(tmp_path / "0.tar", samples(keys), form)
+    with tarfile.open(path, "a", format=form) as tar:
+        for name, kind in (("f.jpg", tarfile.DIRTYPE), ("g.jpg", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "plain.jpg"
+            tar.addfile(info)
+    dataset = data.TarDataset(path, None)
+    assert [dataset.key(i) for i in range(len(dataset))] == ["0/" + key for key in keys]
+    assert texts(dataset) == [f"caption {key}" for key in keys]
+    assert [dataset.image(i) for i in range(len(keys))] == [content for name, content in samples(keys) if name.endswith("jpg")]
+
+
+@pytest.mark.parametrize("cut", [10, 700, 1500, 2000])
+def test_truncated_tar(tmp_path, cut):
+    """Only samples that are there whole are kept, wherever the end is: in data, padding or a header."""
+    path = write_tar(tmp_path / "0.tar", samples("abcd"))
+    with tarfile.open(path) as tar:
+        ends = [m.offset_data + m.size for m in tar.getmembers()]
+        start = tar.getmember("c.jpg").offset
+    os.truncate(path, start + cut)
+    dataset = data.TarDataset(path, None)
+    assert texts(dataset) == ["caption a", "caption b"] + ["caption c"] * (ends[5] <= start + cut)
+    assert dataset.skipped["damaged or truncated tar"] == 1
+    two = data.TarDataset(write_tar(tmp_path / "1.tar", samples("a")) + "::" + path, None)
+    assert len(two) == len(dataset) + 1 and two.skipped == dataset.skipped
+
+
+def test_damaged_shard_is_left_out(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"<html>not found</html>" * 100)
+    (tmp_path / "1.tar").write_bytes(b"")
+    write_tar(tmp_path / "2.tar", samples("ab"))
+    dataset = data.TarDataset(str(tmp_path), None)
+    assert texts(dataset) == ["caption a", "caption b"] and dataset.skipped == {"damaged or truncated tar": 2}
+    assert dataset.key(1) == "2/b"
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: p / "nowhere", "no .*nowhere"), (lambda p: p / "nowhere.tsv", "no .*nowhere.tsv"), (lambda p: p, "no tar in"),
+    (lambda p: write_tar(p / "empty.tar", []), "it is empty"), (lambda p: f"{p}/a{{0..3}}.tar", "no .*a0.tar"),
+    (lambda p: write_tar(p / "pictures.tar", [("a.jpg", b"."), ("b.jpg", b".")]), "2 x blank or no caption")])
+def test_nothing_there(tmp_path, make, message):
+    with pytest.raises(SystemExit, match=message):
+        data.open_dataset(str(make(tmp_path)), None)
+
+
+def test_class_tars(tmp_path):
+    image = encoded(picture())
+    write_tar(tmp_path / "0.tar", [("a.png", image), ("a.cls", "1\n"), ("a.txt", "one\n\ntwo\n"), ("b.png", image), ("b.cls", "0"),
+                                   ("c.png", image), ("c.txt", "no class"), ("d.png", image), ("d.cls", "cat")])
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    dataset = data.TarDataset(str(tmp_path), None, require="cls")
+    assert [dataset.label(i) for i in range(len(dataset))] == [1, 0] and dataset.classnames == ["cat", "dog"]
+    assert dataset.captions(0) == ["one", "two"] and dataset.captions(1) == [] and dataset.skipped == {"no class": 2}
+    assert texts(data.TarDataset(str(tmp_path), None)) == ["one\n\ntwo\n", "no class"]  # the other way to read the same files
+    with pytest.raises(SystemExit, match="class"):
+        data.TarDataset(write_tar(tmp_path / "1.tar", samples("a")), None, require="cls")
+
+
+def test_index_is_made_once_and_anew_for_new_files(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "0.tar", samples("ab"))
+    data.TarDataset(path, None)
+    with monkeypatch.context() as context:
+        context.setattr(data, "scan_tar", lambda path, require: pytest.fail("scanned again"))
+        assert texts(data.TarDataset(path, None)) == ["caption a", "caption b"]
+    os.replace(write_tar(tmp_path / "new.tar", samples("xyz")), path)
+    dataset = data.TarDataset(path, None)
+    assert texts(dataset) == ["caption x", "caption y", "caption z"] and Image.open(io.BytesIO(dataset.image(2))).size == (40, 30)
+
+
+def slow_scan(path, log):
+    with open(log, "a") as file:
+        file.write("scan\n")
+    time.sleep(.5)
+    return data.scan_tar(path, "txt")
+
+
+def make_slowly(path, log, results):
+    results.put(str(data.make_index([path], partial(slow_scan, log=log), "slow")))
+
+
+def test_two_processes_make_one_index(tmp_path):
+    path, log = write_tar(tmp_path / "0.tar", samples("ab")), tmp_path / "log"
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    processes = [fork.Process(target=make_slowly, args=(path, log, results)) for _ in range(2)]
+    [process.start() for process in processes]
+    [process.join() for process in processes]
+    assert results.get() == results.get() and log.read_text() == "scan\n"
+
+
+def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "0.tar", samples("ab"))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match="XDG_CACHE_HOME"):
+        data.TarDataset(path, None)
+
+
+def test_dataset_travels_light(tmp_path):
+    """What a spawned worker gets is paths: the size of the pickle does not grow with the data."""
+    dataset = data.open_dataset(write_tar(tmp_path / "0.tar", samples(range(400))), crop_16)
+    parcel = pickle.dumps(dataset)
+    assert len(parcel) < 2000 and pickle.loads(parcel).key(399) == "0/399"
+    assert isinstance(data.mapped(dataset.index / "rows.npy"), np.memmap)
+
+
+# tables
+
+@pytest.mark.parametrize("name, lines, expected", [
+    ("a.tsv", 'title\tfilepath\n"quoted\tp/0.jpg\nplain, with "quotes"\tp/1.jpg\n \tp/2.jpg\nno path\n',
+     [("p/0.jpg", ['"quoted']), ("p/1.jpg", ['plain, with "quotes"'])]),
+    ("b.csv", 'filepath,title,other\r\np/0.jpg,"a, b ""c""\nand more",1\r\np/1.jpg,two,2\r\np/2.jpg,,3\r\np/3.jpg\r\n',
+     [("p/0.jpg", ['a, b "c"\nand more']), ("p/1.jpg", ["two"])]),
+    ("tabs.csv", "\ufefffilepath\ttitle\np/0.jpg\tone,\"\np/1.jpg\ttwo\r\n\tp/2.jpg\np/2.jpg\n",
+     [("p/0.jpg", ['one,"']), ("p/1.jpg", ["two"]), ("", ["p/2.jpg"])]),
+    ("c.jsonl", '{"filename": "p/0.jpg", "caption": "one"}\n{"filename": "p/1.jpg", "caption": ["é", "", "two"], "url": ""}\n'
+     '{"filename": "p/2.jpg", "caption": []}\nnot json\n', [("p/0.jpg", ["one"]), ("p/1.jpg", ["é", "two"])])])
+def test_tables(tmp_path, name, lines, expected):
+    (tmp_path / name).write_bytes(lines.encode())
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/1.jpg").write_bytes(encoded(picture(), "JPEG"))
+    dataset = data.open_dataset(str(tmp_path / name), crop_16)
+    assert [(dataset.key(i), dataset.captions(i)) for i in range(len(dataset))] == expected
+    assert sum(dataset.skipped.values()) == 4 - len(expected) + (name == "a.tsv") * 0
+    assert dataset[1, 5]["skipped"] == 0 and dataset[1, 5]["images"].shape == (3, 16, 16) and dataset.label(0) is None
+    assert pickle.loads(pickle.dumps(dataset)).captions(1) == expected[1][1]
+
+
+def test_table_with_bad_bytes_or_header(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(b"filepath\ttitle\n0.jpg\tcaf\xe9\n1.jpg\tgood\n")
+    dataset = data.TableDataset(str(tmp_path / "a.tsv"), None)
+    assert texts(dataset) == ["good"] and dataset.skipped == {"caption not UTF-8": 1}
+    (tmp_path / "b.csv").write_text("path,caption\n0.jpg,one\n")
+    with pytest.raises(SystemExit, match="filepath and title.*caption"):
+        data.TableDataset(str(tmp_path / "b.csv"), None)
+    (tmp_path / "c.tsv").write_text("filepath\ttitle\n0.jpg\t\n")
+    with pytest.raises(SystemExit, match="caption"):
+        data.TableDataset(str(tmp_path / "c.tsv"), None)
+
+
+def test_one_of_several_captions(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"filename": "0.png", "caption": ["a", "bb", "ccc"]}) + "\n")
+    (tmp_path / "0.png").write_bytes(encoded(picture()))
+    dataset = data.TableDataset(str(tmp_path / "a.jsonl"), lambda image, caption, rng: {"n": len(caption)})
+    seen = [dataset[0, seed]["n"] for seed in range(300)]
+    assert min(Counter(seen).values()) > 60 and set(seen) == {1, 2, 3} and seen == [dataset[0, seed]["n"] for seed in range(300)]
+
+
+# what is asked for
+
+def test_limit_and_subset(tmp_path):
+    path = write_tar(tmp_path / "0.tar", samples("abcdef")) + "::" + write_tar(tmp_path / "1.tar", samples("ab"))
+    assert [key for key, _ in data.captions(path, limit=3)] == ["0/a", "0/b", "0/c"]
+    (tmp_path / "keys").write_text("1/a\n0/e\n0/c\nunknown\n")
+    dataset = data.open_dataset(path, crop_16, subset=tmp_path / "keys")
+    assert [dataset.key(i) for i in range(len(dataset))] == ["0/c", "0/e", "1/a"]
+    assert texts(pickle.loads(pickle.dumps(dataset))) == ["caption c", "caption e", "caption a"]
+    assert dataset[1, 0]["tokens"][0] == len("caption e")
+    assert len(data.open_dataset(path, None, limit=2, subset=tmp_path / "keys")) == 2
+    (tmp_path / "keys").write_text("a\nb\n")
+    with pytest.raises(SystemExit, match="keys names no sample.*0/a"):
+        data.open_dataset(path, None, subset=tmp_path / "keys")
+    with pytest.raises(SystemExit, match="--subset"):
+        data.open_dataset(path, None, subset=tmp_path / "none")
+    assert len(data.open_dataset("toy", None, limit=7)) == 7 and len(data.open_dataset("toy", None)) == data.TOY["pairs"]
+
+
+def test_names(tmp_path, monkeypatch):
+    (tmp_path / "cc3m").mkdir()
+    write_tar(tmp_path / "cc3m/0.tar", samples("ab"))
+    assert len(data.open_dataset("cc3m", None, root=tmp_path)) == 2
+    monkeypatch.setenv("CLIP_DATA", str(tmp_path))
+    assert list(data.captions("cc3m")) == [("0/a", "caption a"), ("0/b", "caption b")]
+    with pytest.raises(SystemExit, match="cc12m.*--data-root"):
+        data.open_dataset("cc12m", None)
+
+
+# samples that fail
+
+@pytest.mark.filterwarnings("ignore:Palette images")
+def test_run_over_every_kind_of_bad_sample(tmp_path):
+    """Good, odd and bad pictures: batches keep their size, the count is right, two runs agree."""
+    middle = bytearray(NOISE)
+    middle[len(NOISE) // 2:len(NOISE) // 2 + 20] = b"\x55" * 20
+    kinds = {**GOOD, **BAD, "corrupt": bytes(middle)}
+    members = [m for i, (name, content) in enumerate(kinds.items()) for m in [(f"{i}.jpg", content), (f"{i}.txt", name)]]
+    path = write_tar(tmp_path / "0.tar", members + [("x.jpg", b""), ("x.txt", b"\xff\xfe")])
+    dataset = data.open_dataset(path, crop_16)
+    assert len(dataset) == len(kinds) and dataset.skipped == {"caption not UTF-8": 1}
+    runs = []
+    for workers in (0, 2):
+        batches = data.EpochBatches(len(dataset), len(kinds) // 3)
+        runs.append(list(data.loader(dataset, batches, workers)))
+    for a, b in zip(*runs):
+        assert a["images"].shape == (len(kinds) // 3, 3, 16, 16) and all(torch.equal(a[key], b[key]) for key in a)
+    bad = {i for i, name in enumerate(kinds) if name in BAD}
+    asked = [i for batch in data.EpochBatches(len(dataset), len(kinds) // 3) for i, _ in batch]
+    used, skipped = torch.cat([b["index"] for b in runs[0]]).tolist(), torch.cat([b["skipped"] for b in runs[0]]).tolist()
+    assert not bad & {*used} and used != asked
+    for i, j, n in zip(asked, used, skipped):
+        steps = next(k for k in range(11) if (i + 7919 * k) % len(kinds) not in bad)
+        assert (j, n) == ((i + 7919 * steps) % len(kinds), steps)
+
+
+class Brittle(data.Pairs):
+    """Numbers whose picture fails where told so."""
+
+    def __init__(self, length, fails):
+        self.keep, self.fails = range(length), fails
+        self.transform = lambda image, caption, rng: {"value": torch.tensor(int(image)), "draw": rng.random()}
+
+    def key(self, i):
+        return f"key {i}"
+
+    def captions(self, i):
+        return ["one"]
+
+    def image(self, i):
+        if i in self.fails:
+            raise OSError("unreadable")
+        return str(i).encode()
+
+
+def test_replacement_goes_on_ten_times():
+    chain = [(3 + 7919 * k) % 1000 for k in range(11)]
+    item = Brittle(1000, chain[:10])[3, 5]
+    assert (item["index"], item["skipped"], item["value"]) == (chain[10], 10, chain[10]) and item["draw"] == random.Random(5).random()
+    with pytest.raises(RuntimeError, match=f"key {chain[10]}: OSError.*unreadable"):
+        Brittle(1000, chain)[3, 5]
+
+
+@pytest.mark.parametrize("skipped, seen, stops", [(50, 100, False), (51, 100, True), (50, 1000, False), (51, 1000, True),
+                                                  (4000, 100_000, False), (5001, 100_000, True), (0, 0, False)])
+def test_check_skipped(skipped, seen, stops):
+    if stops:
+        with pytest.raises(SystemExit, match=str(skipped)):
+            data.check_skipped(skipped, seen)
+    else:
+        data.check_skipped(skipped, seen)
+
+
+# order
+
+def flat(batches):
+    return [sample for batch in batches for sample in batch]
+
+
+def test_epoch():
+    batches = data.EpochBatches(103, 10)
+    first = flat(batches)
+    indices, seeds = zip(*first)
+    assert len(batches) == 10 == len(list(batches)) and len({*indices}) == 100 == len({*seeds}) and {*indices} <= {*range(103)}
+    assert flat(batches) == first == flat(data.EpochBatches(103, 10)) and list(indices) != sorted(indices)
+    batches.epoch = 1
+    second = flat(batches)
+    assert not {*seeds} & {seed for _, seed in second} and [i for i, _ in second] != list(indices)
+    other = flat(data.EpochBatches(103, 10, seed=1))
+    assert not {*seeds} & {seed for _, seed in other} and [i for i, _ in other] not in (list(indices), [i for i, _ in second])
+    assert all(type(n) is int and 0 <= n < 2 ** 63 for sample in first for n in sample)
+    with pytest.raises(SystemExit, match="--batch-size 20 .* 19 pairs"):
+        data.EpochBatches(19, 10, world=2)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_side_by_side_are_one_process(world):
+    ranks = [data.EpochBatches(103, 12 // world, 3, rank, world) for rank in range(world)]
+    joined = [sum(parts, []) for parts in zip(*ranks, strict=True)]
+    assert joined == list(data.EpochBatches(103, 12, 3))
+
+
+def test_resume_at_a_step():
+    batches = data.EpochBatches(50, 4, rank=1, world=2)
+    batches.epoch = 2
+    whole = list(batches)
+    batches.start = 4
+    assert list(batches) == whole[4:] and len(batches) == len(whole) == 6
+
+
+def test_indices_and_stream():
+    indices = np.array([7, 7, 3, 100, 5, 9, 2, 7])
+    one, two = flat(data.EpochBatches(200, 2, indices=indices)), flat(data.EpochBatches(200, 2, indices=indices, stream=1))
+    assert sorted(i for i, _ in one) == sorted(indices) and [i for i, _ in one] == [i for i, _ in two]
+    assert not {seed for _, seed in one} & {seed for _, seed in two} and len({seed for _, seed in one}) == 8
+    positions = [i for i, _ in flat(data.EpochBatches(8, 2))]
+    assert [i for i, _ in one] == indices[positions].tolist()
+
+
+# loader
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_make_no_difference(tmp_path):
+    """0, 1, 3 workers, over two epochs with workers that live on, and after a resume: the same tensors."""
+    path = write_tar(tmp_path / "0.tar", samples(range(30)))
+    dataset, runs = data.open_dataset(path, crop_16), []
+    for workers in (0, 1, 3):
+        batches, run = data.EpochBatches(len(dataset), 4), []
+        loader = data.loader(dataset, batches, workers)
+        for batches.epoch in range(2):
+            run += list(loader)
+        batches.start = 5
+        runs.append(run + list(loader))
+    assert len(runs[0]) == 7 + 7 + 2
+    for run in runs:
+        for a, b in zip(runs[0], run, strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in ("images", "tokens", "index", "skipped")) and a.keys() == b.keys()
+    for a, b in zip(runs[0][12:14], runs[0][14:]):
+        assert torch.equal(a["images"], b["images"])
+    first, second = ({i: image for batch in runs[0][at:at + 7] for i, image in zip(batch["index"].tolist(), batch["images"])} for at in (0, 7))
+    assert all(not torch.equal(first[i], second[i]) for i in {*first} & {*second})  # another epoch, other crops
+
+
+def test_spawned_workers(tmp_path):
+    dataset = data.open_dataset(write_tar(tmp_path / "0.tar", samples(range(8))), crop_16)
+    batches = data.EpochBatches(8, 4)
+    spawned = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=data.collate,
+                                          multiprocessing_context="spawn")
+    for a, b in zip(spawned, data.loader(dataset, batches, 0), strict=True):
+        assert torch.equal(a["images"], b["images"]) and torch.equal(a["index"], b["index"])
+
+
+@pytest.mark.parametrize("used, context, length", [(2, 77, 16), (16, 77, 16), (17, 77, 24), (32, 77, 32), (33, 77, 48), (64, 77, 64),
+                                                   (65, 77, 77), (77, 77, 77), (18, 20, 20), (9, 12, 12)])
+def test_tokens_are_cut(used, context, length):
+    tokens = torch.zeros(context, dtype=torch.int64)
+    tokens[[0, used - 1]] = 5
+    short = torch.zeros(context, dtype=torch.int64)
+    short[:2] = 5
+    batch = data.collate([{"tokens": short, "index": 1}, {"tokens": tokens, "index": 2}])
+    assert batch["tokens"].shape == (2, length) and batch["tokens"].sum() == 20 and batch["index"].tolist() == [1, 2]
+    views = data.collate([{"tokens": torch.stack([short, tokens])}] * 3)["tokens"]
+    assert views.shape == (3, 2, length) and views.is_contiguous()
+
+
+def test_loader_pins_for_cuda_alone():
+    batches = data.EpochBatches(8, 2)
+    assert [data.loader([], batches, 0, d).pin_memory for d in (None, "cpu", torch.device("cuda", 0))] == [False, False, True]
+
+
+# toy
+
+def test_toy_is_a_function_of_seed_split_and_number():
+    a, b = data.ToyDataset(50, None), data.ToyDataset(5000, None)
+    assert [(a.key(i), a.image(i), a.captions(i), a.label(i)) for i in range(50)] == \
+        [(b.key(i), b.image(i), b.captions(i), b.label(i)) for i in range(50)]
+    assert len({a.image(i) for i in range(50)}) == 50
+    assert a.image(3) != data.ToyDataset(50, None, "test").image(3) and a.image(3) != data.ToyDataset(50, None, seed=1).image(3)
+    assert data.decode(a.image(0)).size == (data.TOY["side"],) * 2
+
+
+def test_toy_never_names_what_is_held_out():
+    """No training picture shows, and no training caption has the words of, a held-out colour and shape."""
+    dataset = data.ToyDataset(6000, None)
+    words = {word: name for names in (data.COLORS, data.SHAPES) for name, (_, *others) in names.items() for word in (name, *others)}
+    shown = Counter(dataset.label(i) for i in range(len(dataset)))
+    assert len(shown) == 48 and min(shown.values()) > 50
+    for i in range(len(dataset)):
+        for text in dataset.captions(i):
+            named = {words[word] for word in text.split() if word in words}
+            assert not any({color, shape} <= named for color, shape in data.HELD_OUT), text
+
+
+def test_toy_test_split():
+    test = data.ToyDataset(400, None, "test")
+    held_out = {data.KINDS.index(kind) for kind in data.HELD_OUT}
+    assert len(held_out) == 16 and {test.label(i) for i in range(400)} == held_out
+    assert {*Counter(c for c, _ in data.HELD_OUT).values()} == {2} == {*Counter(s for _, s in data.HELD_OUT).values()}
+    assert len(test.classnames) == 64 == len({*test.classnames})
+    assert all(test.classnames[test.label(i)] in test.captions(i)[0] for i in range(400))
+    assert len({test.captions(i)[0] for i in range(400)}) > 100  # retrieval can tell them apart
+
+
+def test_toy_captions_are_noisy():
+    """About a tenth speak of another picture, which a stated colour gives away; attributes are missing; synonyms occur."""
+    dataset = data.ToyDataset(4000, None)
+    colors = {word: color for color, (_, *others) in data.COLORS.items() for word in (color, *others)}
+    stated = wrong = plain = 0
+    for i in range(len(dataset)):
+        found = [word for word in dataset.captions(i)[0].split(" with a ")[0].split() if word in colors]
+        stated += bool(found)
+        plain += bool(found) and found[0] in data.COLORS
+        wrong += bool(found) and colors[found[0]] != data.KINDS[dataset.label(i)][0]
+    assert .65 < stated / 4000 < .85 and .06 < wrong / stated < .12 and .4 < plain / stated < .6
+
+
+def test_toy_is_quick():
+    dataset = data.ToyDataset(200, None)
+    start = time.process_time()
+    for i in range(200):
+        dataset.image(i), dataset.captions(i)
+    assert (time.process_time() - start) / 200 < 3e-3  # some .4 ms; slow machines allowed for
+
+
+# command line
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    path = write_tar(tmp_path / "0.tar", samples("abcde") + [("x.jpg", b""), ("y.jpg", BAD["html"]), ("y.txt", "a caption")])
+    data.main([path, "--bpe", "train", "--out", str(tmp_path / "sheet.png")])
+    text = capsys.readouterr().out
+    assert "6 pairs in 1 tars" in text and "1 x blank or no caption" in text and "pairs/s" in text and "1 failed" in text
+    assert "all up to" in text and Image.open(text.split()[-1]).size[0] > 600
+    monkeypatch.setattr(data, "BPE_URL", (tmp_path / "none").as_uri())
+    monkeypatch.setattr(data, "BPE_FILE", "none")
+    data.main([path, "--limit", "2", "--out", str(tmp_path / "sheet.png")])
+    text = capsys.readouterr().out
+    assert "2 pairs" in text and "cannot be downloaded" in text and "tokens" not in text
+    for argument, code in (("--help", 0), (str(tmp_path / "nowhere"), f"there is no {tmp_path}/nowhere; data are a folder or pattern of tars, a .tsv, .csv or .jsonl")):
+        with pytest.raises(SystemExit) as stop:
+            data.main([argument])
+        assert stop.value.code == code

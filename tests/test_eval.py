@@ -1,0 +1,600 @@
+"""eval.py: closed forms, brute force in float64, one process against several ranks, files of every kind."""
+import copy
+import io
+import json
+import math
+import random
+import tarfile
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data
+import eval as evaluator
+
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "dark_blue": (20, 20, 160)}
+NAMES = ["dark blue", "green", "red"]  # as ImageFolder sorts them
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels(n, classes, seed=0):
+    return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+class Stub(nn.Module):
+    """Two small towers in float64 with what makes evaluation hard: a batch norm, a dropout, a head that stays in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear, self.dropout = nn.BatchNorm1d(48), nn.Linear(48, 8), nn.Dropout(.5)
+        self.tokens = nn.Embedding(600, 8)
+        self.logit_scale = nn.Parameter(torch.tensor(2.))
+        self.double()
+
+    def encode_image(self, images):  # [B, 3, S, S] -> [B, 8]
+        return self.dropout(self.linear(self.norm(F.adaptive_avg_pool2d(images.double(), 4).flatten(1))))
+
+    def encode_text(self, tokens):  # [B, L] -> [B, 8], deaf to padding
+        return (self.tokens(tokens) * (tokens > 0)[..., None]).sum(1)
+
+
+class Means(Stub):
+    """Knows colours: the picture's feature is its mean, a text's the colour that it names. Zero-shot must be perfect."""
+
+    def encode_image(self, images):
+        return images.double().mean((2, 3))
+
+    def encode_text(self, tokens):
+        texts = [TOKENIZER.decode(row) for row in tokens]
+        found = [[rgb for name, rgb in COLORS.items() if name.split("_")[-1] in text][0] for text in texts]
+        return ((torch.tensor(found).double() / 255 - torch.tensor(data.MEAN)) / torch.tensor(data.STD)).double()
+
+
+TOKENIZER = data.Tokenizer([], 64)
+PREPROCESS = data.Preprocess(16)
+
+
+def encoded(image, form="PNG"):
+    stream = io.BytesIO()
+    image.save(stream, form)
+    return stream.getvalue()
+
+
+def picture(i, color=None):
+    rng = random.Random(i)
+    image = Image.new("RGB", (24, 20), COLORS[color] if color else tuple(rng.randrange(256) for _ in range(3)))
+    image.putpixel((i % 24, i % 20), (255, 255, 255))
+    return encoded(image)
+
+
+def image_folder(path, counts, broken=0):
+    """counts: pictures of each colour; the first `broken` of the first colour are no pictures."""
+    for name, count in zip(sorted(COLORS), counts):
+        (path / name).mkdir(parents=True)
+        for i in range(count):
+            (path / name / f"{i:03d}.png").write_bytes(b"<html>" if i < broken and name == sorted(COLORS)[0] else picture(i, name))
+    return str(path)
+
+
+def write_tar(path, samples):
+    """samples: dicts {extension: bytes}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i, sample in enumerate(samples):
+            for extension, content in sample.items():
+                info = tarfile.TarInfo(f"{i:05d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+# metrics
+
+def brute_recall(scores, positives, k):
+    """Share of the rows that have a positive among the first k of a stable sort; rows without positives do not count."""
+    hits = [bool(set(row.argsort(descending=True, stable=True)[:k].tolist()) & set(wanted))
+            for row, wanted in zip(scores, positives) if wanted]
+    return sum(hits) / len(hits)
+
+
+def test_retrieval_equals_brute_force_with_many_positives_and_ties():
+    x, t = rand(40, 6), rand(90, 6, seed=1).round()
+    x[5:15], t[40:60] = x[20:30].clone(), t[:20].clone()  # equal candidates
+    x = x.round()
+    generator = torch.Generator().manual_seed(2)
+    pairs = torch.stack([torch.randint(38, (130,), generator=generator), torch.randint(88, (130,), generator=generator)], 1)
+    result = evaluator.retrieval(x, t, pairs, ks=(1, 2, 5, 10, 50))
+    texts = [pairs[pairs[:, 0] == i, 1].tolist() for i in range(40)]
+    images = [pairs[pairs[:, 1] == j, 0].tolist() for j in range(90)]
+    assert min(map(len, texts)) == 0 and max(map(len, texts)) > 5
+    for k in (1, 2, 5, 10, 50):
+        assert result[f"i2t@{k}"] == pytest.approx(brute_recall(x @ t.T, texts, k), abs=1e-12)
+        assert result[f"t2i@{k}"] == pytest.approx(brute_recall(t @ x.T, images, k), abs=1e-12)
+
+
+def test_retrieval_closed_forms():
+    x = F.normalize(rand(50, 16), dim=1)
+    same = torch.arange(50)[:, None].expand(-1, 2)
+    assert evaluator.retrieval(x, x, same) == {f"{way}@{k}": 1. for way in ("i2t", "t2i") for k in (1, 5, 10)}
+    assert evaluator.retrieval(x, -x, same, ks=(49, 50, 99)) == {"i2t@49": 0, "i2t@50": 1, "i2t@99": 1, "t2i@49": 0, "t2i@50": 1, "t2i@99": 1}
+    one = torch.ones(8, 3)  # all scores tie: picture i finds text i at place i
+    assert evaluator.retrieval(one, one, torch.arange(8)[:, None].expand(-1, 2), ks=(1, 4)) == {
+        "i2t@1": 1 / 8, "i2t@4": .5, "t2i@1": 1 / 8, "t2i@4": .5}
+    many = evaluator.retrieval(rand(3000, 8), rand(3000, 8, seed=1), torch.arange(3000)[:, None].expand(-1, 2), ks=(300,))
+    assert many["i2t@300"] == pytest.approx(.1, abs=.02) and many["t2i@300"] == pytest.approx(.1, abs=.02)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(3))
+    t = x + .8 * rand(50, 16, seed=4)
+    assert evaluator.retrieval(x, t, same) == evaluator.retrieval(x, t[order], torch.stack([torch.arange(50), order.argsort()], 1))
+
+
+def test_nan_never_counts_as_a_hit():
+    x = torch.full((4, 3), torch.nan)
+    assert evaluator.retrieval(x, torch.ones(4, 3), torch.arange(4)[:, None].expand(-1, 2), ks=(1, 4)) == dict.fromkeys(
+        ("i2t@1", "i2t@4", "t2i@1", "t2i@4"), 0.)
+    assert evaluator.zero_shot(x, torch.arange(4) % 2, torch.ones(2, 3))["top5"] == 0
+
+
+def test_ranks_in_chunks():
+    x, t = rand(5000, 2), rand(2 ** 13, 2, seed=1)  # 4096 queries a chunk
+    pairs = torch.cat([torch.stack([torch.arange(5000), labels(5000, 2 ** 13, seed=seed)], 1) for seed in (1, 2)])
+    place = evaluator.ranks(x, t, pairs)
+    for i in (0, 4095, 4096, 4999):
+        scores = t @ x[i]
+        assert place[i] == (scores > scores[pairs[pairs[:, 0] == i, 1]].max()).sum()
+
+
+def test_zero_shot_by_hand():
+    x = torch.eye(4)[[0, 0, 1, 2, 2, 2]]  # says 0 0 1 2 2 2
+    result = evaluator.zero_shot(x, torch.tensor([0, 1, 1, 2, 2, 0]), torch.eye(4))
+    assert result["top1"] == pytest.approx(4 / 6) and result["top5"] == 1 and result["n"] == 6
+    assert result["per_class"] == [.5, .5, 1., None] and result["mean_per_class"] == pytest.approx(2 / 3)
+
+
+def test_zero_shot_equals_brute_force():
+    x, w, y = rand(500, 5), rand(12, 5, seed=1), torch.arange(500) % 10  # balanced, two classes absent
+    result = evaluator.zero_shot(x, y, w)
+    top = (x @ w.T).topk(5, 1).indices
+    assert result["top1"] == pytest.approx((top[:, 0] == y).double().mean().item())
+    assert result["top5"] == pytest.approx((top == y[:, None]).any(1).double().mean().item())
+    assert result["mean_per_class"] == pytest.approx(result["top1"]) and result["per_class"][10:] == [None, None]
+    for c in range(10):
+        assert result["per_class"][c] == pytest.approx((top[y == c, 0] == c).double().mean().item())
+
+
+# linear probe and nearest neighbours
+
+def newton(x, y, l2, classes, steps=30):
+    """The probe's optimum by Newton's method on the whole Hessian, with a pseudo-inverse for the free shift of b."""
+    n, D = x.shape
+    z = torch.cat([x, x.new_ones(n, 1)], 1)  # [n, D + 1]
+    w, target = x.new_zeros(classes, D + 1), F.one_hot(y, classes).to(x.dtype)
+    decay = l2 * torch.cat([torch.ones(D), torch.zeros(1)]).to(x.dtype).repeat(classes)
+    for _ in range(steps):
+        p = (z @ w.T).softmax(1)
+        gradient = ((p - target).T @ z / n).flatten() + decay * w.flatten()
+        curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]  # [n, C, C]
+        hessian = torch.einsum("nab,ni,nj->aibj", curvature, z, z).reshape(len(gradient), -1) / n + decay.diag()
+        w = w - (torch.linalg.pinv(hessian, hermitian=True) @ gradient).view_as(w)
+    return w[:, :-1], w[:, -1]
+
+
+def centred(b):
+    return b - b.mean()
+
+
+@pytest.mark.parametrize("l2, shift", [(1., 0.), (1e-2, 0.), (1e-4, 5.)])
+def test_probe_is_the_optimum(l2, shift):
+    y = labels(300, 4)
+    x = rand(4, 6, seed=2)[y] + rand(300, 6, seed=1) + shift
+    W, b = evaluator.linear_probe(x, y, l2, 4)
+    assert W.dtype == torch.float64 and W.shape == (4, 6) and b.shape == (4,)
+    W_free, b_free = W.clone().requires_grad_(), b.clone().requires_grad_()
+    (F.cross_entropy(x @ W_free.T + b_free, y) + l2 / 2 * W_free.square().sum()).backward()
+    assert W_free.grad.abs().max() < 1e-7 and b_free.grad.abs().max() < 1e-7
+    W_newton, b_newton = newton(x, y, l2, 4)
+    torch.testing.assert_close(W, W_newton, rtol=0, atol=2e-6)
+    torch.testing.assert_close(centred(b), centred(b_newton), rtol=0, atol=1e-5)
+    W_single, b_single = evaluator.linear_probe(x.float(), y, l2, 4)
+    assert W_single.dtype == torch.float32
+    loss, best = (F.cross_entropy(x @ w.double().T + c.double(), y) + l2 / 2 * w.double().square().sum() for w, c in ((W_single, b_single), (W, b)))
+    assert best - 1e-12 <= loss < best + 1e-7
+
+
+def test_probe_in_chunks(monkeypatch):
+    y, x = labels(2 ** 14 + 77, 3), rand(2 ** 14 + 77, 4, seed=1)
+    x[:, 0] += y
+    W, b = evaluator.linear_probe(x, y, .01, 3)
+    W_newton, b_newton = newton(x, y, .01, 3, steps=8)
+    torch.testing.assert_close(W, W_newton, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probe_of_infinite_l2_gives_the_priors(dtype):
+    y = (torch.arange(200) % 10).clamp(max=3)  # .1 .1 .1 .7
+    W, b = evaluator.linear_probe((rand(200, 5) + 3).to(dtype), y, 1e8, 4)
+    assert W.abs().max() < 1e-7
+    torch.testing.assert_close(b.softmax(0).double(), torch.tensor([.1, .1, .1, .7]).double(), rtol=0, atol=1e-6)
+
+
+def test_sweep_finds_the_right_strength():
+    y = labels(80, 3)
+    useful = rand(80, 30, seed=1).float()
+    useful[:, :3] += 2 * F.one_hot(y, 3)  # three features of thirty say the class: too weak an l2 fits the noise
+    l2, state = evaluator.best_l2(useful, y, 3), torch.get_rng_state()
+    assert 1e-3 < l2 < 1e3 and evaluator.best_l2(useful, y, 3) == l2  # the split is a fixed one
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def brute_knn(train, y, test, k, temperature):
+    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
+    votes = torch.zeros(len(test), int(y.max()) + 1, dtype=torch.float64)
+    for i, row in enumerate(similarity):
+        for j in row.argsort(descending=True)[:k]:
+            votes[i, y[j]] += math.exp(row[j] / temperature)
+    return votes.argmax(1)
+
+
+def test_knn():
+    y = labels(300, 7)
+    train, test = rand(7, 5, seed=3)[y] + rand(300, 5, seed=1), 3 * rand(70, 5, seed=2)
+    for k, temperature in ((1, .07), (20, .07), (20, 10.), (1000, .2)):
+        assert torch.equal(evaluator.knn(train, y, test, k, temperature), brute_knn(train, y, test, k, temperature))
+    assert torch.equal(evaluator.knn(train.float(), y, train.float(), k=1), y)
+    hot = evaluator.knn(train, y, test, 300, 1e9)  # all vote alike: the largest class wins everywhere
+    assert (hot == y.bincount().argmax()).all()
+
+
+def test_knn_in_blocks():
+    y = labels(2 ** 16 + 500, 5)
+    train, test = rand(len(y), 3, seed=1), rand(1030, 3, seed=2)
+    few = torch.tensor([0, 1023, 1024, 1029])  # rows of both blocks of test
+    assert torch.equal(evaluator.knn(train, y, test)[few], brute_knn(train, y, test[few], 20, .07))
+
+
+def test_scores_are_not_tf32():
+    torch.set_float32_matmul_precision("high")
+    seen = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in str(function):
+                seen.append(torch.get_float32_matmul_precision())
+            return function(*args, **(kwargs or {}))
+
+    try:
+        with Spy():
+            x, y = torch.randn(6, 3), torch.arange(6) % 2
+            evaluator.zero_shot(x, y, torch.randn(2, 3))
+            evaluator.knn(x, y, x)
+            evaluator.linear_probe(x, y, 1., 2)
+        assert len(seen) > 3 and set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# features
+
+def test_text_classifier():
+    model = Stub().eval()
+    names, templates = ["red thing", "b", "cat|a long-haired kitten"], ("{}", "a photo of a {}.", "the {} in the dark of the night")
+
+    def feature(text):
+        return F.normalize(model.encode_text(TOKENIZER([text])), dim=1)[0]
+
+    w = evaluator.text_classifier(model, TOKENIZER, names, templates)
+    for row, alternatives in zip(w, (["red thing"], ["b"], ["cat", "a long-haired kitten"])):
+        expected = torch.stack([feature(t.replace("{}", name)) for name in alternatives for t in templates]).mean(0)
+        torch.testing.assert_close(row, F.normalize(expected, dim=0))
+    torch.testing.assert_close(evaluator.text_classifier(model, TOKENIZER, names, templates[::-1]), w)
+    with torch.no_grad():
+        model.tokens.weight *= 9  # the length of a feature says nothing
+    torch.testing.assert_close(evaluator.text_classifier(model, TOKENIZER, names, templates), w)
+    assert not w.requires_grad
+
+
+def test_texts_are_cut_to_the_longest_of_a_batch():
+    widths, model = [], Stub()
+    whole = model.encode_text
+    model.encode_text = lambda tokens: widths.append(tokens.shape[1]) or whole(tokens)
+    texts = ["ab", "abcd", "!", "a" * 200]
+    x = evaluator.encode_texts(model, TOKENIZER, texts, batch_size=2)
+    assert widths == [6, 64]
+    torch.testing.assert_close(x, whole(TOKENIZER(texts)).detach(), rtol=0, atol=1e-12)
+
+
+class Listed(list):
+    def image(self, i):
+        return self[i]
+
+
+def test_encode_images_leaves_out_what_cannot_be_read():
+    pictures = [picture(i) for i in range(7)]
+    pictures[2], pictures[6] = b"", pictures[6][:60]
+    model = Stub().eval()
+    x, index = evaluator.encode_images(model, Listed(pictures), PREPROCESS, batch_size=3)
+    assert index.tolist() == [0, 1, 3, 4, 5]
+    expected = model.encode_image(torch.stack([PREPROCESS(pictures[i]) for i in index]))
+    torch.testing.assert_close(x, expected.detach(), rtol=0, atol=1e-12)
+    assert not x.requires_grad
+
+
+def test_autocast_gives_fp32_features():
+    model = Stub().eval()
+    model.encode_image = lambda images: images.flatten(1)[:, :8] @ torch.ones(8, 4)
+    x, _ = evaluator.encode_images(model, Listed([picture(i) for i in range(3)]), PREPROCESS, amp=torch.bfloat16)
+    exact, _ = evaluator.encode_images(model, Listed([picture(i) for i in range(3)]), PREPROCESS)
+    assert x.dtype == torch.float32 and torch.equal(x, x.bfloat16().float()) and not torch.equal(x, exact)
+
+
+# whole evaluations
+
+def test_image_folder(tmp_path):
+    folder = image_folder(tmp_path / "shades" / "val", (5, 3, 2), broken=1)
+    results = evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [folder])
+    assert list(results) == ["shades"]
+    r = results["shades"]
+    assert r["top1"] == r["mean_per_class"] == r["top5"] == 1 and r["per_class"] == [1, 1, 1]
+    assert (r["n"], r["unreadable"], r["metric"]) == (9, 1, "top1") and "i2t@1" not in r
+    assert "9 pictures, 1 unreadable" in evaluator.summary(results) and "top1 100.0" in evaluator.summary(results)
+    json.dumps(results, allow_nan=False)
+    (tmp_path / "shades" / "val" / "classnames.txt").write_text("red\ngreen\nblue\n")  # first and last exchanged
+    assert evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [folder])["shades"]["per_class"] == [0, 1, 0]
+    assert evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [folder], classnames=NAMES)["shades"]["top1"] == 1
+    with pytest.raises(SystemExit, match="--classnames"):
+        evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [folder], classnames=["red", "green"])
+
+
+def test_tars_with_classes_and_captions(tmp_path):
+    samples = [{"png": picture(i, color), "cls": str(NAMES.index(color.replace("_", " "))).encode(), "txt": f"the {color} one".encode()}
+               for i, color in enumerate([*COLORS] * 3)]
+    samples[4]["png"] = b"nothing"
+    del samples[3]["txt"]
+    write_tar(tmp_path / "set" / "test" / "0.tar", samples)  # CLIP_benchmark's layout: names one folder up
+    (tmp_path / "set" / "classnames.txt").write_text("\n".join(NAMES))
+    folder = str(tmp_path / "set")
+    r = evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [folder])["set"]
+    assert r["top1"] == 1 and (r["n"], r["unreadable"]) == (8, 1)
+    assert r["i2t@1"] == r["t2i@1"] == 1  # three texts, each the text of all pictures of its colour
+    dataset = evaluator.open_test(folder)
+    texts, pairs = evaluator.captions_of(dataset, torch.tensor([0, 1, 2, 3, 5]))
+    assert texts == ["the red one", "the green one", "the dark_blue one"] and pairs == [(0, 0), (1, 1), (2, 2), (4, 2)]
+    assert evaluator.open_test(folder + "/test/0.tar").classnames == NAMES
+
+
+def test_tars_and_tables_of_captions_alone(tmp_path):
+    captions = [f"{color} {i}\n\n a {color} thing " + "\nmore" * 9 for i, color in enumerate(COLORS)]
+    write_tar(tmp_path / "pairs" / "0.tar", [{"png": picture(i, color), "txt": text.encode()}
+                                             for i, (color, text) in enumerate(zip(COLORS, captions))])
+    dataset = evaluator.open_test(str(tmp_path / "pairs"))
+    texts, pairs = evaluator.captions_of(dataset, torch.arange(3))
+    assert texts[:3] == ["red 0", "a red thing", "more"] and len(pairs) == 3 * 5 and len(texts) == 7
+    with open(tmp_path / "table.jsonl", "w") as file:
+        for i, color in enumerate(COLORS):
+            (tmp_path / f"{i}.png").write_bytes(picture(i, color))
+            file.write(json.dumps({"filename": f"{i}.png", "caption": [color, f"so {color}"]}) + "\n")
+    r = evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [str(tmp_path / "table.jsonl")])["table.jsonl"]
+    assert r["metric"] == "i2t@1" and r["i2t@1"] == r["t2i@1"] == 1 and "top1" not in r
+
+
+def test_equal_short_names_stay_apart(tmp_path):
+    folders = [image_folder(tmp_path / name / "shades", (1, 1, 1)) for name in "ab"]
+    assert list(evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, folders)) == ["shades", folders[1]]
+
+
+def test_torchvision_sets(tmp_path):
+    (tmp_path / "food-101" / "meta").mkdir(parents=True)
+    listed = {"apple_red": ["apple_red/1", "apple_red/2"], "bean_green": ["bean_green/1"]}
+    for split in ("train", "test"):
+        (tmp_path / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(listed))
+    for label, names in listed.items():
+        (tmp_path / "food-101" / "images" / label).mkdir(parents=True)
+        for i, name in enumerate(names):
+            (tmp_path / "food-101" / "images" / f"{name}.jpg").write_bytes(encoded(Image.new("RGB", (20, 20), COLORS[label.split("_")[1]]), "JPEG"))
+    dataset = evaluator.open_test("food101", root=str(tmp_path))
+    assert dataset.classnames == ["apple red", "bean green"] and [dataset.label(i) for i in range(3)] == [0, 0, 1]
+    prompts = []
+    model = Means()
+    tokenizer = lambda texts: prompts.extend(texts) or TOKENIZER(texts)  # noqa: E731
+    assert evaluator.evaluate(model, tokenizer, PREPROCESS, ["food101"], root=str(tmp_path))["food101"]["top1"] == 1
+    assert "a photo of a apple red, a kind of food." in prompts  # our templates take the phrase, a user's do not
+    prompts.clear()
+    evaluator.evaluate(model, tokenizer, PREPROCESS, ["food101"], root=str(tmp_path), templates=("my {}",))
+    assert prompts == ["my apple red", "my bean green"]
+
+
+def test_every_torchvision_name_exists_and_explains_its_absence(tmp_path):
+    for name, (_, _, _, metric, phrase) in evaluator.DATASETS.items():
+        assert metric in ("top1", "mean_per_class") and phrase.count("{}") == 1
+        for split in ("test", "train"):
+            with pytest.raises(SystemExit, match=f"^{name} .*--download"):
+                evaluator.open_test(name, split, root=str(tmp_path / "nowhere"))
+
+
+def test_unknown_tests_are_explained(tmp_path):
+    with pytest.raises(SystemExit, match="toy, cifar10, .*pets"):
+        evaluator.open_test("cifar11")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.png").write_bytes(picture(0))
+    with pytest.raises(SystemExit, match="sub-folder"):
+        evaluator.open_test(str(tmp_path / "flat"))
+    (tmp_path / "flat" / "class").mkdir()
+    with pytest.raises(SystemExit, match="sub-folder"):
+        evaluator.open_test(str(tmp_path / "flat"))
+    write_tar(tmp_path / "bare" / "0.tar", [{"png": picture(0), "cls": b"0"}])
+    with pytest.raises(SystemExit, match="--classnames"):
+        evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [str(tmp_path / "bare")])
+    with pytest.raises(SystemExit, match="no readable picture"):
+        evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [image_folder(tmp_path / "bad", (2, 0, 0), broken=2)])
+
+
+def test_probe_and_neighbors(tmp_path):
+    test, train = image_folder(tmp_path / "shades" / "val", (4, 4, 4)), image_folder(tmp_path / "shades" / "train", (9, 9, 9), broken=1)
+    r = evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [test], probe=True, neighbors=True, train=[train])["shades"]
+    assert r["probe"] == r["knn"] == 1 and 1e-9 < r["probe_l2"] < 1e4
+    for wrong in (None, [test], [train, train]):
+        with pytest.raises(SystemExit, match="--train"):
+            evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [test], probe=True, train=wrong)
+    toy_test, toy_train = (evaluator.open_test("toy", split) for split in ("test", "train"))
+    assert {toy_test.label(i) for i in range(300)} == {toy_train.label(i) for i in range(300)}
+    assert toy_test.image(0) != toy_train.image(0)
+
+
+def test_evaluation_leaves_the_model_and_the_random_state_alone(tmp_path):
+    folder = image_folder(tmp_path / "shades", (2, 2, 2))
+    model = Stub().train()
+    model.linear.eval()  # a frozen part
+    before = copy.deepcopy(model)
+    random.seed(1), torch.manual_seed(1)
+    states = random.getstate(), torch.get_rng_state()
+    first = evaluator.evaluate(model, TOKENIZER, PREPROCESS, [folder], probe=True, train=[folder + "/"], workers=1)
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    assert evaluator.evaluate(model, TOKENIZER, PREPROCESS, [folder], probe=True, train=[folder + "/"]) == first  # no dropout
+    model.encode_text = lambda tokens: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        evaluator.evaluate(model, TOKENIZER, PREPROCESS, [folder])
+    assert model.training and not model.linear.training
+    model.linear(torch.ones(1, 48).double()).sum().backward()  # inference mode has left nothing behind
+
+
+# several ranks
+
+def rank_main(rank, path):
+    """Three processes; then two of them."""
+    torch.set_num_threads(1)
+    for world in (3, 2):
+        if rank < world:
+            dist.init_process_group("gloo", init_method=f"file://{path}/group{world}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+            model = Stub().eval()
+            with torch.no_grad():
+                model.norm.running_mean += 3 * rank  # batch norms drift apart between ranks
+            results = evaluator.evaluate(model, TOKENIZER, PREPROCESS, [f"{path}/shades"], batch_size=3)
+            x, index = evaluator.encode_images(model, evaluator.open_test(f"{path}/shades"), PREPROCESS, batch_size=3)
+            one, where = evaluator.encode_images(model, Listed([picture(0)]), PREPROCESS)  # most ranks have nothing
+            torch.save((results, x, index, one, where), f"{path}/result-{world}-{rank}.pt")
+            dist.destroy_process_group()
+
+
+def test_ranks_together_equal_one_process(tmp_path):
+    folder = image_folder(tmp_path / "shades", (9, 7, 7), broken=1)  # 23 pictures in batches of 3: all is ragged
+    model = Stub().eval()
+    expected = evaluator.evaluate(model, TOKENIZER, PREPROCESS, [folder], batch_size=3)
+    x, index = evaluator.encode_images(model, evaluator.open_test(folder), PREPROCESS, batch_size=3)
+    assert index.tolist() == list(range(1, 23))
+    one = model.encode_image(PREPROCESS(picture(0))[None]).detach()
+    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), 3)
+    for world in (3, 2):
+        for rank in range(world):
+            results, x_rank, index_rank, one_rank, where = torch.load(tmp_path / f"result-{world}-{rank}.pt")
+            assert results == expected and torch.equal(index_rank, index) and where.tolist() == [0]
+            torch.testing.assert_close(x_rank, x, rtol=0, atol=1e-12)
+            torch.testing.assert_close(one_rank, one, rtol=0, atol=1e-12)
+
+
+# checkpoints and the command line
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint as clip.py writes it, and the model in it."""
+    import clip
+    torch.manual_seed(0)
+    model = clip.build("tiny", image_size=16, patch_size=8, vocab=516, context=64, quick_gelu=True)
+    state = dict(script="clip", model=model.state_dict(), sizes=dict(quick_gelu=True), preprocess=vars(data.Preprocess(16)),
+                 merges="t h\nth e</w>", context=64, step=1)
+    torch.save(state, tmp_path / "last.pt")
+    return str(tmp_path / "last.pt"), state, model
+
+
+def test_load(saved):
+    path, _, expected = saved
+    model, tokenizer, preprocess = evaluator.load(path)
+    assert type(model) is type(expected) and not model.training
+    images, tokens = torch.randn(2, 3, 16, 16), TOKENIZER(["some red thing", "x"])
+    assert torch.equal(model(images, tokens)[0], expected.eval()(images, tokens)[0])  # quick_gelu came along
+    assert torch.equal(model(images, tokens)[1], expected(images, tokens)[1])
+    assert tokenizer.merges == [("t", "h"), ("th", "e</w>")] and tokenizer.context == 64
+    assert (preprocess.size, tuple(preprocess.mean), tuple(preprocess.std)) == (16, data.MEAN, data.STD)
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ("/tmp/never", "w")
+
+
+@pytest.mark.parametrize("change", [
+    dict(script="../clip"), dict(script="os"), dict(script="Clip"), dict(script="clip\n"), dict(script="tests"), dict(script=7),
+    dict(script="data"), dict(script=None), dict(extra=Evil())])
+def test_load_refuses(saved, change):
+    path, state, _ = saved
+    torch.save(state | change, path)
+    with pytest.raises(SystemExit, match="last.pt"):
+        evaluator.load(path)
+
+
+def test_load_explains(saved, tmp_path):
+    path, state, model = saved
+    content = open(path, "rb").read()
+    for bad, reason in ((content[:len(content) // 2], "whole"), (b"", "whole"), (b"<html>", "whole")):
+        open(path, "wb").write(bad)
+        with pytest.raises(SystemExit, match=reason):
+            evaluator.load(path)
+    torch.save(model.state_dict(), path)
+    with pytest.raises(SystemExit, match="--init"):
+        evaluator.load(path)
+    for nothing in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(SystemExit, match="no checkpoint"):
+            evaluator.load(nothing)
+
+
+def test_load_refuses_a_module_that_stands_in_front(saved, tmp_path, monkeypatch):
+    (tmp_path / "front").mkdir()
+    (tmp_path / "front" / "clip.py").write_text("raise RuntimeError('this was run')")
+    monkeypatch.syspath_prepend(tmp_path / "front")
+    monkeypatch.delitem(evaluator.importlib.sys.modules, "clip")
+    with pytest.raises(SystemExit, match="beside"):
+        evaluator.load(saved[0])
+
+
+def test_command_line(saved, tmp_path, capsys):
+    folder, (path, _, model) = image_folder(tmp_path / "shades", (2, 2, 2)), saved
+    (tmp_path / "prompts.txt").write_text("see {}!\n{}\n")
+    (tmp_path / "names.txt").write_text("blue|navy\ngreen\nred\n")
+    evaluator.main([path, "--data", f"{folder},{folder}/", "--workers", "0", "--json", str(tmp_path / "out.json"),
+                    "--templates", str(tmp_path / "prompts.txt"), "--classnames", str(tmp_path / "names.txt"),
+                    "--knn", "--train", f"{image_folder(tmp_path / 'more', (1, 1, 1))},{tmp_path}/more"])
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["shades"] == results[f"{folder}/"] and len(results["shades"]["per_class"]) == 3
+    assert capsys.readouterr().out.count("top1") == 2
+    expected = evaluator.evaluate(*evaluator.load(path), [folder], templates=["see {}!", "{}"], classnames=["blue|navy", "green", "red"])
+    assert expected["shades"].items() <= results["shades"].items()
+
+    picture_path = f"{folder}/red/000.png"
+    evaluator.main([path, "--images", picture_path, "--texts", "a cat", "a dog"])
+    lines = capsys.readouterr().out.splitlines()
+    with torch.no_grad():
+        x, t, scale = model.eval()(PREPROCESS(picture_path)[None], evaluator.load(path)[1](["a cat", "a dog"]))
+    p, best = (scale * x @ t.T).softmax(1)[0].max(0)
+    assert lines[0] == picture_path and lines[1].split("%")[1].strip() == ["a cat", "a dog"][best]
+    assert float(lines[1].split("%")[0]) == pytest.approx(100 * p.item(), abs=.051) and len(lines) == 3
+
+    for arguments, reason in ((["--data", folder, "--templates", picture_path], "--templates"),
+                              (["--data", folder, "--classnames", "nowhere"], "--classnames"),
+                              (["--images", "nowhere.png", "--texts", "a"], "nowhere.png")):
+        with pytest.raises(SystemExit, match=reason):
+            evaluator.main([path, *arguments])
