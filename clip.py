@@ -9,8 +9,12 @@ The loss. With unit rows x_i (image) and y_j (text), and a learned scale s = exp
 
     S_ij = s <x_i, y_j>        L = 1/2 [ mean_i -log softmax_row(S)_ii  +  mean_j -log softmax_column(S)_jj ]
 
-W ranks with B pairs each score their own rows against the columns of all ranks, gathered *with* gradient, so that the
-mean over ranks, which DDP takes, is the loss and the gradient of one process with the batch N = W*B.
+W ranks with B pairs each score their own rows against the columns of all ranks, gathered *with* gradient. The gather's
+backward sums over ranks, DDP's mean divides by W: together the loss and gradient of one process with the batch N = W*B.
+The negatives are the batch: k small batches in a row (gradient accumulation) would be another, easier loss.
+
+A healthy run: the loss starts near ln N or a little above, s rises from 14 to 50-100; s falling towards 1 means that the
+learning rate is too high.
 
 The cost. Three times the forward pass: 44 GFLOP a pair for ViT-B-32, 55 for RN50, 123 for ViT-B-16; the loss is 0.1 % of it.
 
@@ -20,11 +24,13 @@ How to run.
     python eval.py runs/clip-toy/last.pt --images cat.jpg --texts "a cat" "a dog"
 
 Where published code differs from this file.
-    - SLIP and A-CLIP gather without gradient: their "CLIP" rows train on half of it (CC12M ViT-B/16: 36.5, with it 40.2).
+    - SLIP and A-CLIP gather without gradient: half of it is missing. It is part of why their CLIP on CC12M has 36.5 % and
+      LaCLIP's, with it, a larger batch and QK-norm, 40.2 %.
     - open_clip's default flags divide the encoders' gradients by W; its large runs set --local-loss --gather-with-grad = ours.
     - SLIP cuts long captions without an end token and then reads a constant feature; here the last token is the end token.
     - OpenAI used QuickGELU; we use GELU (--quick-gelu for their weights). SLIP's ViT is timm's; ours is OpenAI's.
-    - Batch norm (RN50) uses the statistics of its own rank, as everyone's does: the one thing here that W ranks do not share.
+    - Batch norm (RN50) uses the statistics of its own rank, as everyone's does: the one thing that W ranks do not share.
+      Evaluation and checkpoints take rank 0's.
 
 Sources: Radford et al. 2021 (arXiv 2103.00020) and github.com/openai/CLIP; github.com/mlfoundations/open_clip for recipes.
 """
@@ -77,13 +83,14 @@ def clip_loss(image_features, text_features, logit_scale):
     """Symmetric InfoNCE of CLIP (section 2.3, figure 3) over all ranks, for the rows of this rank.
 
     image_features, text_features: unit rows [B, D], row i of one belonging to row i of the other; B equal on all ranks.
-    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast.
+    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: in bf16 a
+    logit near 100 is off by up to 0.13.
     The mean over ranks is the loss of the whole batch; ln N for uninformative features.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
         all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
-        rank = dist.get_rank() if len(all_x) > len(x) else 0
+        rank = dist.get_rank() if len(all_x) > len(x) else 0  # one process has no process group
         labels = torch.arange(len(x), device=x.device) + rank * len(x)  # where the own pairs stand among the N
         image_logits = logit_scale * x @ all_y.T  # [B, N]
         text_logits = logit_scale * y @ all_x.T  # [B, N]
@@ -143,7 +150,7 @@ class Transformer(nn.Module):
     def forward(self, x, causal=False):  # [B, L, C]
         for block in self.resblocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, causal, use_reentrant=False)
+                x = checkpoint(block, x, causal, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, causal)
         return x
@@ -254,7 +261,7 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(.01 * torch.randn(context, text_width))
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
@@ -285,11 +292,11 @@ class CLIP(nn.Module):
 
 
 ENCODERS = ("visual.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale")
-MODELS = {  # sizes from OpenAI and open_clip; vocabulary and context come from the tokenizer
-    "ViT-B-32": dict(embed_dim=512, image_size=224, patch_size=32, vision_width=768, vision_layers=12, text_width=512, text_layers=12),
-    "ViT-B-16": dict(embed_dim=512, image_size=224, patch_size=16, vision_width=768, vision_layers=12, text_width=512, text_layers=12),
-    "ViT-S-16": dict(embed_dim=384, image_size=224, patch_size=16, vision_width=384, vision_layers=12, text_width=384, text_layers=12),
-    "RN50": dict(embed_dim=1024, image_size=224, patch_size=None, vision_width=64, vision_layers=(3, 4, 6, 3), text_width=512, text_layers=12),
+MODELS = {  # sizes from OpenAI and open_clip; 224 pixels and 12 text layers where nothing else is said
+    "ViT-B-32": dict(embed_dim=512, patch_size=32, vision_width=768, vision_layers=12, text_width=512),
+    "ViT-B-16": dict(embed_dim=512, patch_size=16, vision_width=768, vision_layers=12, text_width=512),
+    "ViT-S-16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_layers=12, text_width=384),
+    "RN50": dict(embed_dim=1024, patch_size=None, vision_width=64, vision_layers=(3, 4, 6, 3), text_width=512),
     "tiny": dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=4, text_width=128, text_layers=4),  # ours
 }
 
@@ -298,7 +305,7 @@ def build(source, cls=CLIP, **overrides):
     """A model of class cls, either new (source: a name in MODELS) or from weights (source: a state dict, whose shapes say the
     sizes). overrides: keyword arguments of cls that replace or complete the sizes; a state dict does not tell quick_gelu."""
     if isinstance(source, str):
-        return cls(**{**MODELS[source], "context": 77, "vocab": 49408, **overrides})
+        return cls(**{"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source], **overrides})
 
     def depth(prefix):
         return len({key[len(prefix):].split(".")[0] for key in source if key.startswith(prefix)})
@@ -337,19 +344,21 @@ def views(image, caption, rng, tokenizer, size, augment):
 
 
 def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
-    """Writes the first pictures of a data set, each over the three captions, of the count first ones, that the model ranks highest."""
-    device = model.logit_scale.device
-    pairs = [(dataset.image(i), dataset.captions(i)[0]) for i in range(min(count, len(dataset)))]
-    captions = sorted({caption for _, caption in pairs})
-    shown = [data.center_crop(image, preprocess.size) for image, _ in pairs[:show]]
+    """Writes twelve pictures of a data set, each over the three texts that the model ranks highest among those of 64 pictures:
+    captions, or class names where there are none. A star marks its own."""
+    device, training = model.logit_scale.device, model.training
+    places = range(0, len(dataset), max(1, len(dataset) // count))[:count]
+    images = [(i, image) for image, i in map(evaluator.Pictures(dataset, preprocess.size).__getitem__, places) if i >= 0][:show]
+    own = {i: (dataset.captions(i) or [dataset.classnames[dataset.label(i)]])[0] for i in places}
+    texts = sorted(set(own.values()))
     model.eval()
     with torch.inference_mode():
-        image_features = model.encode_image(preprocess.normalize(torch.stack(shown).to(device)))
-        text_features = F.normalize(model.encode_text(tokenizer(captions).to(device)), dim=-1)
-        best = (image_features @ text_features.T).topk(min(3, len(captions)), 1).indices.tolist()
-    model.train()
-    data.grid(shown, ["\n".join(("* " if captions[j] == own else "- ") + captions[j] for j in row)
-                      for row, (_, own) in zip(best, pairs)], path)
+        image_features = model.encode_image(preprocess.normalize(torch.stack([image for _, image in images]).to(device)))
+        text_features = F.normalize(model.encode_text(tokenizer(texts).to(device)), dim=-1)
+        best = (image_features @ text_features.T).topk(min(3, len(texts)), 1).indices.tolist()
+    model.train(training)
+    data.grid([image for _, image in images], ["\n".join(("* " if texts[j] == own[i] else "- ") + texts[j] for j in row)
+                                               for row, (i, _) in zip(best, images)], path)
 
 
 # training: schedule, parameter groups, checkpoints
@@ -363,8 +372,8 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay; vectors and scalars (biases, norms, class token,
-    logit_scale) and whatever name starts with one of no_decay do not."""
+    """Two AdamW groups of the trainable parameters: matrices decay; vectors and scalars (biases, norms, class token, logit_scale),
+    which limit no function by being small, and whatever name starts with one of no_decay do not."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -410,9 +419,10 @@ def init_distributed():
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -425,10 +435,17 @@ RECIPES = {  # batch size is global, warm-up in steps
     "small": dict(model="tiny", batch_size=256, epochs=20, lr=1e-3, warmup=200, weight_decay=.1, augment="clip"),  # ours
     # open_clip's README: near 20 %; with the shorter warm-up that its maintainer now advises, and SLIP's crop for (.9, 1)
     "cc3m": dict(model="RN50", batch_size=1024, epochs=30, lr=1e-3, warmup=2000, weight_decay=.1, augment="clip"),
-    # SLIP's CLIP baselines, 36.5 % and 37.6 %, warm-up of one epoch
+    # SLIP's CLIP baselines, 36.5 % and 37.6 %, with our eps and preprocessing; warm-up of one epoch
     "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="clip"),
     "yfcc15m": dict(model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5, augment="clip"),
 }
+
+
+def positive(text):
+    """argparse's type for the whole numbers from 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def parse_args(argv=None):
@@ -438,26 +455,26 @@ def parse_args(argv=None):
     add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default $CLIP_DATA or ./datasets)")
     add("--recipe", choices=RECIPES, help="default: by the name of --data; for a path small under 100,000 pairs, else cc3m")
     add("--model", choices=MODELS)
-    add("--image-size", type=int, help="side of the pictures in pixels (default: the model's)")
+    add("--image-size", type=positive, help="side of the pictures in pixels (default: the model's)")
     add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that were trained with it")
-    add("--batch-size", type=int, help="pairs a step, all ranks together")
-    add("--epochs", type=int)
+    add("--batch-size", type=positive, help="pairs a step, all ranks together")
+    add("--epochs", type=positive)
     add("--lr", type=float)
     add("--warmup", type=int, help="steps")
     add("--weight-decay", type=float)
     add("--augment", choices=AUGMENT, help="the image augmentation of that method")
     add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU that has it, fp16 on others, off on the CPU")
     add("--eval", help="comma list of test sets: toy, folders, names that eval.py knows")
-    add("--eval-every", type=int, default=1, help="epochs")
+    add("--eval-every", type=positive, default=1, help="epochs")
     add("--init", help="start from these weights: a checkpoint of ours, OpenAI's or open_clip's")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--checkpoint-activations", action="store_true", help="transformers keep less and compute a third more")
     add("--workers", type=int, help="processes a rank that read data (default: its share of the cores; none for toy)")
     add("--seed", type=int, default=0)
-    add("--limit", type=int, help="only the first N pairs")
+    add("--limit", type=positive, help="only the first N pairs")
     add("--subset", help="only the pairs whose keys stand in this file, one a line")
     add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
-    add("--log-every", type=int, default=20, help="steps")
+    add("--log-every", type=positive, default=20, help="steps")
     add("--out", help="default runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="begin anew")
     return parser.parse_args(argv)
@@ -473,8 +490,8 @@ def main(argv=None):
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.image_size = args.image_size or MODELS[args.model]["image_size"]
-    args.amp = args.amp or ("off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
+    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
+    args.amp = args.amp or ("off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
     args.out = args.out or f"runs/{Path(__file__).stem}-{Path(args.data).stem or 'data'}"
     if args.workers is None:
         args.workers = 0 if args.data == "toy" else min(12, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -489,7 +506,8 @@ def main(argv=None):
 
     # resume
     out = Path(args.out)
-    saved = load_checkpoint(out / "last.pt") if (out / "last.pt").exists() and not args.restart else None
+    restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not after each crash under torchrun
+    saved = load_checkpoint(out / "last.pt") if (out / "last.pt").exists() and not restart else None
     if saved:
         changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})" for name, value in vars(args).items()
                    if name not in ("epochs", "workers", "out", "restart") and value != saved["flags"].get(name)]
@@ -505,66 +523,76 @@ def main(argv=None):
     loader = data.loader(dataset, batches, args.workers, device)
     sizes = dict(image_size=args.image_size, vocab=tokenizer.vocab_size, context=tokenizer.context, quick_gelu=args.quick_gelu)
     model = build(args.model, CLIP, **sizes).to(device)
-    if args.init:
+    if args.init and not saved:
         state = load_clip_state(args.init)
         if {key: value.shape for key, value in state.items()} != {
                 key: value.shape for key, value in model.state_dict().items() if key.startswith(ENCODERS)}:
             raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and {tokenizer.vocab_size} tokens")
         model.load_state_dict(state, strict=False)
     for module in model.modules():
-        module.checkpoint_activations = args.checkpoint_activations
+        if isinstance(module, Transformer):
+            module.checkpoint_activations = args.checkpoint_activations
     if args.model == "RN50":
         model.visual.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)  # OpenAI's for ViTs
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step, best = 0, -1.
+    step, best, failed, bad = 0, -1., 0, 0
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
-        step, best = saved["step"], saved["best"]
+        step, best, failed, bad = (saved[name] for name in ("step", "best", "failed", "bad"))
+    if world > 1:
+        everywhere = [None] * world
+        dist.all_gather_object(everywhere, (step, len(dataset)))
+        if len(set(everywhere)) > 1:
+            raise SystemExit(f"ranks disagree on (step, pairs): {everywhere}; --out and --data must be the same on all machines")
     if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         model.compile()
     parallel = model if world == 1 else DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     # what the run leaves behind
-    def save(name):
-        if rank == 0:
-            save_checkpoint(out / name, script=Path(__file__).stem, step=step, best=best, flags=vars(args), model=model.state_dict(),
-                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state(),
-                            sizes=dict(quick_gelu=args.quick_gelu), preprocess=vars(preprocess),
-                            merges="\n".join(map(" ".join, tokenizer.merges)), context=tokenizer.context)
-
-    def log(**row):
-        if rank == 0:
-            print(json.dumps({"step": step, **row}), file=log_file, flush=True)
-
-    def evaluate():
-        results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers) if tests else {}
-        if rank == 0:
-            picture(out / "captions.png", model, tokenizer, preprocess, evaluator.open_test(tests[0]) if tests else dataset)
-            tqdm.write(f"step {step}: {evaluator.summary(results)}" if tests else f"step {step} of {total}")
-        return results
-
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     tests = args.eval.split(",") if args.eval else []
+    shown = [evaluator.open_test(test, root=args.data_root) for test in tests] or [dataset]  # a wrong name should not cost an epoch
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved else []
-        log_file = open(out / "log.jsonl", "w")
-        log_file.writelines(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step)
+        rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
+        (out / "log.tmp").write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step))
+        os.replace(out / "log.tmp", out / "log.jsonl")
         print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value not in (None, False, "")))
         print(f"{len(dataset)} pairs, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {total} steps on "
               f"{world} x {device.type}" + (f", resumed at step {step}" if saved else ""))
+
+    def log(**row):
+        if rank == 0:
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **row}) + "\n")
+
+    def save(name):
+        if rank == 0:
+            save_checkpoint(out / name, script=Path(__file__).stem, step=step, best=best, failed=failed, bad=bad, flags=vars(args),
+                            model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                            rng=torch.get_rng_state(), sizes=dict(quick_gelu=args.quick_gelu), preprocess=vars(preprocess),
+                            merges="\n".join(map(" ".join, tokenizer.merges)), context=tokenizer.context)
+
+    def evaluate():
+        results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root) if tests else {}
+        if rank == 0:
+            picture(out / "captions.png", model, tokenizer, preprocess, shown[0])
+            tqdm.write(f"step {step}: {evaluator.summary(results)}" if tests else f"step {step} of {total}")
+        return results
+
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 
     # training
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
     logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()  # since the last log line
-    failed, bad, bad_in_a_row, results = 0, 0, 0, None
+    bad_in_a_row, results = 0, None
     for epoch in range(step // steps, args.epochs):
         batches.epoch, batches.start, tick = epoch, step % steps, time.perf_counter()
         for batch in loader:
@@ -573,54 +601,62 @@ def main(argv=None):
             images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
             if "colors" in batch:
                 images = data.augment(images, batch["colors"].to(device, non_blocking=True))
+            statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 image_features, text_features, logit_scale = parallel(preprocess.normalize(images), tokens)
             loss = clip_loss(image_features, text_features, logit_scale)
             losses = {"loss": loss}
 
-            # the step; where the gradient is not finite, fused AdamW (found_inf = 1) leaves weights and moments as they were
+            # the step; where the gradient (of all ranks, DDP has averaged it) is not finite, everything stays as it was
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, total, args.warmup, args.lr)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()  # on all ranks the same
-            optimizer.found_inf = 1 - good.float()
-            scaler.step(optimizer)
+            good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()
+            optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW leave weights and moments alone, without asking the host
+            optimizer.step()
             scaler.update()
             with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))
+                for buffer, before in zip(model.buffers(), statistics):
+                    buffer.copy_(buffer.where(good, before))
+                model.logit_scale.clamp_(0, math.log(100))  # the parameter: clamping its exp would end its gradient at the bound
             step += 1
 
             # the host looks at the device only here
-            sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)
-            if step % args.log_every == 0 or step % steps == 0 or stop and world == 1:
-                sums = torch.cat([sums, sums.new_tensor([skipped, waited, len(stop)])])
+            sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
+            if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
+                totals = torch.cat([sums, sums.new_tensor([skipped, waited, len(stop)])])
                 if world > 1:
-                    dist.all_reduce(sums)
-                count, (fine, *means, skipped, waited, stopped) = step - logged, (sums / world).tolist()
-                failed, bad, bad_in_a_row = failed + skipped * world, bad + count - fine, 0 if fine else bad_in_a_row + count
-                means = {name: mean / max(fine, 1) for name, mean in zip(losses, means)}
+                    dist.all_reduce(totals)
+                fine, *means, skips, waits, stopped = (totals / world).tolist()
+                count = step - logged
+                failed += round(skips * world)
+                bad += round(count - fine)
+                bad_in_a_row = 0 if fine else bad_in_a_row + count
+                means = {name: mean / fine if fine else None for name, mean in zip(losses, means)}
                 speed = count * args.batch_size / (time.perf_counter() - start)
                 memory = {"memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
-                log(epoch=epoch, **means, lr=group["lr"], logit_scale=logit_scale.item(), pairs_per_second=speed, waited=waited,
+                log(epoch=epoch, **means, lr=group["lr"], logit_scale=logit_scale.item(), pairs_per_second=speed, waited=waits,
                     skipped=failed, bad_steps=bad, **memory)
-                bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed:.0f} pairs/s")
+                bar.set_postfix_str(f"loss {means['loss'] or math.nan:.3f}, {speed:.0f} pairs/s")
                 bar.update(step - bar.n)
                 data.check_skipped(failed, step * args.batch_size)
                 if bad_in_a_row >= 20:
                     raise SystemExit(f"20 steps in a row without a finite gradient; the last good weights are in {out / 'last.pt'}")
                 if stopped:
                     save("last.pt")
+                    if world > 1:
+                        dist.barrier()
                     raise SystemExit(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
                 logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()
-            if step % 1000 == 0:
+            if step % 1000 == 0 and step % steps:
                 save("last.pt")
             tick = time.perf_counter()
         if (epoch + 1) % args.eval_every == 0 or step == total:
             results = evaluate()
             log(eval=results)
-            score = sum(r.get("top1", r.get("t2i@1", 0)) for r in results.values())
+            score = sum(r[r["metric"]] for r in results.values())
             if tests and score > best:
                 best = score
                 save("best.pt")

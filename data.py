@@ -23,6 +23,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import tarfile
 import textwrap
@@ -45,7 +46,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", module="PIL")  # odd pictures are dealt with here
-
 
 # pictures
 
@@ -168,7 +168,7 @@ def augment(images, params):
 
 
 def luma(x):
-    """[B, 3, S, S] -> [B, 1, S, S]"""
+    """Brightness [B, 1, S, S] of colours [B, 3, S, S]."""
     return .2989 * x[:, :1] + .587 * x[:, 1:2] + .114 * x[:, 2:]
 
 
@@ -201,7 +201,7 @@ def grid(images, captions, path, columns=4):
         picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
         picture = picture.resize([side * (width // picture.width) for side in picture.size], Image.NEAREST)
         text = "\n".join(part for line in caption.splitlines() for part in textwrap.wrap(line, width // 6))
-        cell = Image.new("RGB", (width + 8, picture.height + 20 + 15 * text.count("\n") + 15), "white")
+        cell = Image.new("RGB", (width + 8, picture.height + 15 * text.count("\n") + 35), "white")
         cell.paste(picture, (4, 4))
         ImageDraw.Draw(cell).text((4, picture.height + 8), text.encode("latin-1", "replace"), "black")  # PIL's own font
         cells.append(cell)
@@ -375,6 +375,7 @@ def find_tokenizer(bpe, spec, root=None):
 
 
 def download(path):
+    """Writes OpenAI's merges to `path`, or SystemExit with the ways out."""
     try:
         content = urllib.request.urlopen(BPE_URL, timeout=20).read()
     except OSError as error:
@@ -389,6 +390,7 @@ def download(path):
 # what is made once for all ranks
 
 def cache(name):
+    """Path of a file in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data-efficient-clip", name)
 
 
@@ -432,12 +434,14 @@ def make_index(paths, scan, kind):
 
 @lru_cache
 def mapped(path):
-    return np.load(path, mmap_mode="r")  # all processes share its pages
+    """Array in a .npy file; all processes share its pages."""
+    return np.load(path, mmap_mode="r")
 
 
 @lru_cache(256)
 def opened(path):
-    return open(path, "rb", buffering=0)  # closed as it falls out of the cache
+    """The file, which is closed as it falls out of the cache."""
+    return open(path, "rb", buffering=0)
 
 
 def read(path, offset, size):
@@ -526,7 +530,7 @@ def scan_tar(path, require):
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, extension = name.partition(".")
                 key, extension = folder + slash + stem, extension.lower()
-                if not (member.isreg() and stem and dot) or member.issparse() or re.fullmatch("__.*__", name):
+                if not (member.isreg() and stem and dot) or re.fullmatch("__.*__", name):
                     continue
                 if not groups or groups[-1][0] != key or extension in groups[-1][1]:
                     groups.append((key, {}))
@@ -667,8 +671,9 @@ BESIDE = {(c, s): [kind for kind in TRAINED if not {(c, kind[1]), (kind[0], s)} 
 OPENINGS = ["a", "a", "the", "my", "one", "nice", "a photo of a", "picture of a", "this is a", "stock image :"]
 CHATTER = ["free download", "holiday 2014", "for sale", "vector clip art", "made by anna", "img 0042", "best price",
            "from our trip to paris", "with dog", "new in shop", "# art", "( signed print )", "cat not included"]
-TOY = {"pairs": 24_576, "side": 40, "radius": (.3, .45), "shift": .08, "turn": .05, "hue": 9, "patches": .2, "noise": .2,
-       "second": .1, "mismatch": .1, "color": .65, "shape": .7, "synonym": .5, "chatter": .35}  # pictures; captions  # pictures; captions
+TOY = {"pairs": 24_576, "side": 40, "radius": (.3, .45), "shift": .08, "turn": .05, "hue": 9, "patches": .2,
+       "noise": .2, "second": .1,  # above: the picture; below: probabilities in a caption
+       "mismatch": .1, "color": .65, "shape": .7, "synonym": .5, "chatter": .35}
 
 
 class ToyDataset(Pairs):
@@ -733,9 +738,9 @@ class ToyDataset(Pairs):
             if kind:
                 hue = (COLORS[kind[0]][0] + rng.uniform(-1, 1) * TOY["hue"]) / 360 % 1
                 tone = colorsys.hsv_to_rgb(hue, rng.uniform(.6, 1), rng.uniform(.75, 1))
-                place, turn = 3 * side * complex(x, y), cmath.rect(3 * side * radius, math.tau * rng.uniform(-1, 1) * TOY["turn"])
+                turn = cmath.rect(3 * side * radius, math.tau * rng.uniform(-1, 1) * TOY["turn"])
+                points = [3 * side * complex(x, y) + turn * z for z in SHAPES[kind[1]][0]]
                 mask = Image.new("L", (3 * side, 3 * side))
-                points = [place + turn * z for z in SHAPES[kind[1]][0]]
                 ImageDraw.Draw(mask).polygon([(z.real, z.imag) for z in points], 255)
                 picture.paste(tuple(int(255 * t) for t in tone), (0, 0), mask.reduce(3))
         noise = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
@@ -812,11 +817,16 @@ def collate(samples):
     return batch
 
 
+def deaf(worker):
+    """A worker leaves SIGTERM, which torchrun and SLURM send to all processes, to the training loop, which saves first."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def loader(dataset, batches, workers, device=None):
-    """DataLoader of Pairs over EpochBatches; its workers live on from epoch to epoch."""
+    """DataLoader of Pairs over EpochBatches; its workers live on from epoch to epoch. Draws nothing from torch's global RNG."""
     cuda = device is not None and torch.device(device).type == "cuda"
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=cuda,
-                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=cuda, worker_init_fn=deaf,
+                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None, generator=torch.Generator())
 
 
 def check_skipped(skipped, seen):

@@ -59,6 +59,7 @@ def full_fp32():
 
 
 def at_least_fp32(x):
+    """x as float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -114,7 +115,7 @@ def linear_probe(x, y, l2, num_classes):
     ends at gradients near 1e-9, fp32 where rounding stops the line search, near 1e-6. Rows come in chunks (ImageNet's
     logits are 5 GB), centred, which b absorbs, and scaled, which l2 absorbs: same optimum, a fifth of the work."""
     x, n = at_least_fp32(x), len(x)
-    mean, scale = x.mean(0), (x.var(0).mean() + l2) ** -.5
+    mean, scale = x.mean(0), (x.var(0, correction=0).mean() + l2) ** -.5
     W = x.new_zeros(num_classes, x.shape[1])
     b = torch.bincount(y, minlength=num_classes).add(.5).log().to(x.dtype)  # the answer for W = 0
     optimizer = torch.optim.LBFGS([W, b], max_iter=1000, history_size=10, tolerance_grad=1e-10,
@@ -137,6 +138,12 @@ def linear_probe(x, y, l2, num_classes):
     return scale * W, b - scale * W @ mean
 
 
+@full_fp32()
+def predict(x, W, b):
+    """Features x [n, D] and linear_probe's W, b -> predicted labels [n]."""
+    return (x @ W.T + b).argmax(1)
+
+
 def best_l2(x, y, num_classes):
     """The l2 for linear_probe that does best on a fixed tenth of the rows: of 1e2, 1, .. 1e-6, then steps of 10, 3."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
@@ -146,7 +153,7 @@ def best_l2(x, y, num_classes):
         best = max(found, key=found.get, default=None)
         for exponent in range(2, -7, -2) if best is None else (best + step, best - step):
             W, b = linear_probe(x[rest], y[rest], 10 ** exponent, num_classes)
-            found[exponent] = ((x[held] @ W.T + b).argmax(1) == y[held]).double().mean().item()
+            found[exponent] = (predict(x[held], W, b) == y[held]).double().mean().item()
     return 10 ** max(found, key=found.get)
 
 
@@ -184,6 +191,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def rank_and_world():
+    """Number of this process and how many there are; 0 and 1 without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
@@ -361,7 +369,7 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
                 if probe:
                     result["probe_l2"] = best_l2(train_x, train_y, len(names))
                     W, b = linear_probe(train_x, train_y, result["probe_l2"], len(names))
-                    result["probe"] = accuracy((x @ W.T + b).argmax(1) == y, y, len(names))[metric]
+                    result["probe"] = accuracy(predict(x, W, b) == y, y, len(names))[metric]
                 *_, name = spec, *(p for p in Path(spec).parts if p not in ("val", "test") and ".tar" not in p)
                 box[0][spec if name in box[0] else name] = result
     finally:

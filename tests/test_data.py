@@ -56,11 +56,16 @@ def write_tar(path, members, form=tarfile.USTAR_FORMAT):
 
 
 def samples(keys):
-    return [m for i, key in enumerate(keys) for m in [(f"{key}.jpg", encoded(picture(number=i), "JPEG")), (f"{key}.txt", f"caption {key}")]]
+    return [m for i, key in enumerate(keys) for m in [(f"{key}.jpg", encoded(picture(number=i), "JPEG")),
+                                                      (f"{key}.txt", caption_of(key))]]
+
+
+def caption_of(key):
+    return f"caption {key}".encode("utf-8", "replace").decode()
 
 
 def crop_16(image, caption, rng):
-    """A transform that spawned workers can import."""
+    """A transform that can be pickled."""
     return {"images": data.random_resized_crop(image, 16, (.5, 1), rng), "tokens": torch.tensor([len(caption), rng.randrange(99) + 1] + [0] * 75)}
 
 
@@ -109,7 +114,8 @@ def test_decode_good(name):
 
 def test_decode_16_bit():
     assert np.array_equal(np.asarray(data.decode(GOOD["16-bit png"]))[..., 0], np.asarray(GREY_16) // 257)
-    assert np.asarray(data.decode(encoded(GREY_16, "TIFF"))).max() == 64738 // 257
+    assert np.asarray(data.decode(encoded(GREY_16, "TIFF"))).max() == 1199 * 54 // 257
+    assert np.asarray(data.decode(encoded(Image.new("I", (4, 4), 70_000), "TIFF"))).min() == 255
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -143,8 +149,8 @@ def test_crop_box_statistics():
     for values, low, high in ((area, .2, .7), (ratio, -1, 1)):  # uniform: compare with its quantiles
         assert np.abs(np.quantile(values, np.linspace(.1, .9, 9)) - np.linspace(low, high, 11)[1:-1]).max() < .05 * (high - low)
     assert all(t >= 0 and l >= 0 and t + h <= 900 and l + w <= 1000 for t, l, h, w in boxes)
-    left = np.array([l / (1000 - w) for _, l, _, w in boxes if w < 900])
-    assert abs(left.mean() - .5) < .03 and left.min() < .02 and left.max() > .98
+    for place in ([t / (900 - h) for t, _, h, _ in boxes if h < 800], [l / (1000 - w) for _, l, _, w in boxes if w < 900]):
+        assert abs(np.mean(place) - .5) < .03 and min(place) < .02 and max(place) > .98
     assert data.crop_box(1000, 10, (.9, 1), rng) == (0, 493, 10, 13)  # too long for any try: the middle
     assert data.crop_box(10, 1000, (.9, 1), rng) == (493, 0, 13, 10)
     assert data.crop_box(1, 1, (.5, 1), rng) == (0, 0, 1, 1)
@@ -228,6 +234,8 @@ def test_augment_equals_torchvision(size):
         expected = one_by_one(image, row)
         near_threshold = ((one_by_one(image, row * torch.tensor([1.] * 7 + [0])) - .5).abs() < 1e-4) & (row[7] > 0)
         assert (x - expected).abs().masked_fill(near_threshold, 0).max() < 2e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(data.augment(images, params), found)
 
 
 @pytest.mark.parametrize("column, value", [(0, 1), (1, .6), (2, 1.4), (3, 0), (4, .2), (5, 1), (6, 1.5), (7, 1)])
@@ -323,7 +331,7 @@ def test_grouping(tmp_path):
 def test_tar_flavours(tmp_path, form):
     """Long and non-ASCII names, a folder, a link: offsets are those at which the bytes lie."""
     long = "folder/" * (12 if form == tarfile.USTAR_FORMAT else 40) + "n" * 90
-    keys = ["plain", long] + ([] if form == tarfile.USTAR_FORMAT else ["ünï/日本", "x" * 300])
+    keys = ["plain", long] + ([] if form == tarfile.USTAR_FORMAT else ["ünï/日本", "x" * 300]) + ["caf\udce9"]  # the last: not UTF-8
     path = write_tar(tmp_path / "0.tar", samples(keys), form)
     with tarfile.open(path, "a", format=form) as tar:
         for name, kind in (("f.jpg", tarfile.DIRTYPE), ("g.jpg", tarfile.SYMTYPE)):
@@ -332,7 +340,7 @@ def test_tar_flavours(tmp_path, form):
             tar.addfile(info)
     dataset = data.TarDataset(path, None)
     assert [dataset.key(i) for i in range(len(dataset))] == ["0/" + key for key in keys]
-    assert texts(dataset) == [f"caption {key}" for key in keys]
+    assert texts(dataset) == [caption_of(key) for key in keys]
     assert [dataset.image(i) for i in range(len(keys))] == [content for name, content in samples(keys) if name.endswith("jpg")]
 
 
@@ -349,6 +357,14 @@ def test_truncated_tar(tmp_path, cut):
     assert dataset.skipped["damaged or truncated tar"] == 1
     two = data.TarDataset(write_tar(tmp_path / "1.tar", samples("a")) + "::" + path, None)
     assert len(two) == len(dataset) + 1 and two.skipped == dataset.skipped
+
+
+def test_truncated_in_the_picture(tmp_path):
+    path = write_tar(tmp_path / "0.tar", samples("a") + samples("b")[::-1])  # b's caption comes first
+    with tarfile.open(path) as tar:
+        os.truncate(path, tar.getmember("b.jpg").offset_data + 300)
+    dataset = data.TarDataset(path, None)
+    assert texts(dataset) == ["caption a"] and dataset.skipped["cut off by the end of the tar"] == 1
 
 
 def test_damaged_shard_is_left_out(tmp_path):
@@ -411,7 +427,7 @@ def test_two_processes_make_one_index(tmp_path):
     processes = [fork.Process(target=make_slowly, args=(path, log, results)) for _ in range(2)]
     [process.start() for process in processes]
     [process.join() for process in processes]
-    assert results.get() == results.get() and log.read_text() == "scan\n"
+    assert results.get(timeout=5) == results.get(timeout=5) and log.read_text() == "scan\n"
 
 
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
@@ -427,14 +443,15 @@ def test_dataset_travels_light(tmp_path):
     dataset = data.open_dataset(write_tar(tmp_path / "0.tar", samples(range(400))), crop_16)
     parcel = pickle.dumps(dataset)
     assert len(parcel) < 2000 and pickle.loads(parcel).key(399) == "0/399"
+    assert torch.equal(pickle.loads(parcel)[7, 5]["images"], dataset[7, 5]["images"]) and pickle.loads(pickle.dumps(data.collate))
     assert isinstance(data.mapped(dataset.index / "rows.npy"), np.memmap)
 
 
 # tables
 
 @pytest.mark.parametrize("name, lines, expected", [
-    ("a.tsv", 'title\tfilepath\n"quoted\tp/0.jpg\nplain, with "quotes"\tp/1.jpg\n \tp/2.jpg\nno path\n',
-     [("p/0.jpg", ['"quoted']), ("p/1.jpg", ['plain, with "quotes"'])]),
+    ("a.tsv", 'title\tfilepath\n"quoted\tp/0.jpg\nplain,\rwith "quotes"\tp/1.jpg\n \tp/2.jpg\nno path\n',
+     [("p/0.jpg", ['"quoted']), ("p/1.jpg", ['plain,\rwith "quotes"'])]),
     ("b.csv", 'filepath,title,other\r\np/0.jpg,"a, b ""c""\nand more",1\r\np/1.jpg,two,2\r\np/2.jpg,,3\r\np/3.jpg\r\n',
      [("p/0.jpg", ['a, b "c"\nand more']), ("p/1.jpg", ["two"])]),
     ("tabs.csv", "\ufefffilepath\ttitle\np/0.jpg\tone,\"\np/1.jpg\ttwo\r\n\tp/2.jpg\np/2.jpg\n",
@@ -621,6 +638,7 @@ def test_workers_make_no_difference(tmp_path):
     for workers in (0, 1, 3):
         batches, run = data.EpochBatches(len(dataset), 4), []
         loader = data.loader(dataset, batches, workers)
+        assert loader.persistent_workers == (workers > 0)
         for batches.epoch in range(2):
             run += list(loader)
         batches.start = 5
@@ -633,15 +651,6 @@ def test_workers_make_no_difference(tmp_path):
         assert torch.equal(a["images"], b["images"])
     first, second = ({i: image for batch in runs[0][at:at + 7] for i, image in zip(batch["index"].tolist(), batch["images"])} for at in (0, 7))
     assert all(not torch.equal(first[i], second[i]) for i in {*first} & {*second})  # another epoch, other crops
-
-
-def test_spawned_workers(tmp_path):
-    dataset = data.open_dataset(write_tar(tmp_path / "0.tar", samples(range(8))), crop_16)
-    batches = data.EpochBatches(8, 4)
-    spawned = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=data.collate,
-                                          multiprocessing_context="spawn")
-    for a, b in zip(spawned, data.loader(dataset, batches, 0), strict=True):
-        assert torch.equal(a["images"], b["images"]) and torch.equal(a["index"], b["index"])
 
 
 @pytest.mark.parametrize("used, context, length", [(2, 77, 16), (16, 77, 16), (17, 77, 24), (32, 77, 32), (33, 77, 48), (64, 77, 64),
@@ -689,10 +698,12 @@ def test_toy_test_split():
     test = data.ToyDataset(400, None, "test")
     held_out = {data.KINDS.index(kind) for kind in data.HELD_OUT}
     assert len(held_out) == 16 and {test.label(i) for i in range(400)} == held_out
-    assert {*Counter(c for c, _ in data.HELD_OUT).values()} == {2} == {*Counter(s for _, s in data.HELD_OUT).values()}
+    for part in (0, 1):  # every colour and every shape is learnt, from several kinds
+        assert min(Counter(kind[part] for kind in data.TRAINED).values()) >= 4
+        assert len({kind[part] for kind in data.TRAINED}) == 8 and len({kind[part] for kind in data.HELD_OUT}) >= 4
     assert len(test.classnames) == 64 == len({*test.classnames})
     assert all(test.classnames[test.label(i)] in test.captions(i)[0] for i in range(400))
-    assert len({test.captions(i)[0] for i in range(400)}) > 100  # retrieval can tell them apart
+    assert len({test.captions(i)[0] for i in range(400)}) > 50  # retrieval can tell them apart
 
 
 def test_toy_captions_are_noisy():
@@ -705,7 +716,10 @@ def test_toy_captions_are_noisy():
         stated += bool(found)
         plain += bool(found) and found[0] in data.COLORS
         wrong += bool(found) and colors[found[0]] != data.KINDS[dataset.label(i)][0]
-    assert .65 < stated / 4000 < .85 and .06 < wrong / stated < .12 and .4 < plain / stated < .6
+    for share, expected in ((stated / 4000, data.TOY["color"]), (plain / stated, 1 - data.TOY["synonym"]),
+                            (wrong / stated, data.TOY["mismatch"] * 7 / 8)):  # another picture may have the same colour
+        assert abs(share - expected) < .03
+    assert .05 < data.TOY["mismatch"] < .15 and data.TOY["color"] < 1 > data.TOY["shape"]
 
 
 def test_toy_is_quick():
