@@ -280,8 +280,12 @@ class Tokenizer:
 
     def __init__(self, merges, context=77):
         if isinstance(merges, (str, os.PathLike)):
-            with (gzip.open if str(merges).endswith(".gz") else open)(merges, "rt", encoding="utf-8") as file:
-                merges = [line.split() for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]  # after the header
+            try:
+                with (gzip.open if str(merges).endswith(".gz") else open)(merges, "rt", encoding="utf-8") as file:
+                    lines = file.read().split("\n")[1:49152 - 256 - 2 + 1]  # after the header; the rest is unused
+            except (OSError, EOFError, UnicodeDecodeError) as error:
+                raise SystemExit(f"--bpe: {merges} holds no merges: {error}") from None
+            merges = [line.split() for line in lines]
         self.merges, self.context = [tuple(pair) for pair in merges if pair], context
         if any(len(pair) != 2 for pair in self.merges):
             raise SystemExit(f"--bpe: a line of the merges must hold two symbols, as in OpenAI's {BPE_FILE}")
@@ -818,15 +822,16 @@ def collate(samples):
 
 
 def deaf(worker):
-    """A worker leaves SIGTERM, which torchrun and SLURM send to all processes, to the training loop, which saves first."""
+    """A worker leaves SIGTERM, which torchrun and SLURM send to all processes, to the training loop: it saves first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def loader(dataset, batches, workers, device=None):
-    """DataLoader of Pairs over EpochBatches; its workers live on from epoch to epoch. Draws nothing from torch's global RNG."""
+    """DataLoader of Pairs over EpochBatches; its workers live on between epochs. torch's global RNG is left alone."""
     cuda = device is not None and torch.device(device).type == "cuda"
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=cuda, worker_init_fn=deaf,
-                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None, generator=torch.Generator())
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=cuda,
+                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None, worker_init_fn=deaf,
+                      generator=torch.Generator())
 
 
 def check_skipped(skipped, seen):

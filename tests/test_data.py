@@ -66,7 +66,8 @@ def caption_of(key):
 
 def crop_16(image, caption, rng):
     """A transform that can be pickled."""
-    return {"images": data.random_resized_crop(image, 16, (.5, 1), rng), "tokens": torch.tensor([len(caption), rng.randrange(99) + 1] + [0] * 75)}
+    tokens = torch.tensor([len(caption), rng.randrange(99) + 1] + [0] * 75)
+    return {"images": data.random_resized_crop(image, 16, (.5, 1), rng), "tokens": tokens}
 
 
 def texts(dataset):
@@ -263,7 +264,8 @@ def test_color_params():
         assert low <= values.min() < low + .02 * (high - low) and high - .02 * (high - low) < values.max() <= high
         assert abs(values.mean() - (low + high) / 2) < .03 * (high - low)
     assert .1 <= blurred.min() < .13 and 1.97 < blurred.max() <= 2
-    assert torch.equal(data.color_params(random.Random(7), .5, (1, .4, .4, .4, .1)), data.color_params(random.Random(7), .5, (1, .4, .4, .4, .1)))
+    twice = [data.color_params(random.Random(7), .5, (1, .4, .4, .4, .1)) for _ in range(2)]
+    assert torch.equal(*twice)
 
 
 @pytest.mark.gpu
@@ -283,7 +285,8 @@ def test_augment_on_the_device_without_a_sync():
 
 def test_grid(tmp_path):
     images = [torch.full((3, 20, 20), 10 * i, dtype=torch.uint8) for i in range(6)] + [torch.zeros(3, 30, 100, dtype=torch.uint8)]
-    data.grid(images, ["short", "a longer caption " * 9, "日本語 🙂", "", "two\nlines", "é", "wide"], tmp_path / "grid.png", columns=3)
+    captions = ["short", "a longer caption " * 9, "日本語 🙂", "", "two\nlines", "é", "wide"]
+    data.grid(images, captions, tmp_path / "grid.png", columns=3)
     sheet = np.asarray(Image.open(tmp_path / "grid.png"))
     assert sheet.shape[1] == 3 * 168 and sheet.shape[0] % 3 == 0
     assert (sheet[4:164, 168 + 4:168 + 164] == 10).all() and (sheet[4:164, 168 + 164:168 + 168] == 255).all()
@@ -317,8 +320,10 @@ def test_grouping(tmp_path):
         ("h.jpg", image), ("i.jpg", image), ("h.txt", "not its neighbour"),
         ("j.jpg", image), ("j.txt", "once"), ("j.jpg", image), ("j.txt", "twice"),
         ("k.png", b"png"), ("k.jpg", b"jpg"), ("k.webp", b"webp"), ("k.txt", "jpg goes first"),
-        ("l.gif", image), ("l.txt", "no such picture"), ("m.jpg", image), ("m.txt", ""), ("n.jpg", image), ("n.txt", " \n\u3000"),
-        ("o.jpg", image), ("o.txt", "café".encode("latin-1")), ("p.jpg", image), ("p.txt", "  kept as it is \n"), ("q.txt", "no picture")])
+        ("l.gif", image), ("l.txt", "no such picture"),
+        ("m.jpg", image), ("m.txt", ""), ("n.jpg", image), ("n.txt", " \n\u3000"),
+        ("o.jpg", image), ("o.txt", "café".encode("latin-1")), 
+        ("p.jpg", image), ("p.txt", "  kept as it is \n"), ("q.txt", "no picture")])
     dataset = data.TarDataset(path, None)
     assert texts(dataset) == ["plain", "upper case, a dot in the folder", "dot slash", "text first", "something skipped between",
                               "once", "twice", "jpg goes first", "  kept as it is \n"]
@@ -331,7 +336,7 @@ def test_grouping(tmp_path):
 def test_tar_flavours(tmp_path, form):
     """Long and non-ASCII names, a folder, a link: offsets are those at which the bytes lie."""
     long = "folder/" * (12 if form == tarfile.USTAR_FORMAT else 40) + "n" * 90
-    keys = ["plain", long] + ([] if form == tarfile.USTAR_FORMAT else ["ünï/日本", "x" * 300]) + ["caf\udce9"]  # the last: not UTF-8
+    keys = ["plain", long, "caf\udce9"] + ([] if form == tarfile.USTAR_FORMAT else ["ünï/日本", "x" * 300])  # \udce9: latin-1
     path = write_tar(tmp_path / "0.tar", samples(keys), form)
     with tarfile.open(path, "a", format=form) as tar:
         for name, kind in (("f.jpg", tarfile.DIRTYPE), ("g.jpg", tarfile.SYMTYPE)):
@@ -341,7 +346,8 @@ def test_tar_flavours(tmp_path, form):
     dataset = data.TarDataset(path, None)
     assert [dataset.key(i) for i in range(len(dataset))] == ["0/" + key for key in keys]
     assert texts(dataset) == [caption_of(key) for key in keys]
-    assert [dataset.image(i) for i in range(len(keys))] == [content for name, content in samples(keys) if name.endswith("jpg")]
+    images = [content for name, content in samples(keys) if name.endswith("jpg")]
+    assert [dataset.image(i) for i in range(len(keys))] == images
 
 
 @pytest.mark.parametrize("cut", [10, 700, 1500, 2000])
@@ -443,7 +449,8 @@ def test_dataset_travels_light(tmp_path):
     dataset = data.open_dataset(write_tar(tmp_path / "0.tar", samples(range(400))), crop_16)
     parcel = pickle.dumps(dataset)
     assert len(parcel) < 2000 and pickle.loads(parcel).key(399) == "0/399"
-    assert torch.equal(pickle.loads(parcel)[7, 5]["images"], dataset[7, 5]["images"]) and pickle.loads(pickle.dumps(data.collate))
+    assert torch.equal(pickle.loads(parcel)[7, 5]["images"], dataset[7, 5]["images"])
+    assert pickle.loads(pickle.dumps(data.collate)) is data.collate
     assert isinstance(data.mapped(dataset.index / "rows.npy"), np.memmap)
 
 
@@ -567,7 +574,8 @@ class Brittle(data.Pairs):
 def test_replacement_goes_on_ten_times():
     chain = [(3 + 7919 * k) % 1000 for k in range(11)]
     item = Brittle(1000, chain[:10])[3, 5]
-    assert (item["index"], item["skipped"], item["value"]) == (chain[10], 10, chain[10]) and item["draw"] == random.Random(5).random()
+    assert (item["index"], item["skipped"], item["value"]) == (chain[10], 10, chain[10])
+    assert item["draw"] == random.Random(5).random()
     with pytest.raises(RuntimeError, match=f"key {chain[10]}: OSError.*unreadable"):
         Brittle(1000, chain)[3, 5]
 
@@ -649,7 +657,8 @@ def test_workers_make_no_difference(tmp_path):
             assert all(torch.equal(a[key], b[key]) for key in ("images", "tokens", "index", "skipped")) and a.keys() == b.keys()
     for a, b in zip(runs[0][12:14], runs[0][14:]):
         assert torch.equal(a["images"], b["images"])
-    first, second = ({i: image for batch in runs[0][at:at + 7] for i, image in zip(batch["index"].tolist(), batch["images"])} for at in (0, 7))
+    first, second = ({i: image for batch in runs[0][at:at + 7] for i, image in zip(batch["index"].tolist(), batch["images"])}
+                     for at in (0, 7))
     assert all(not torch.equal(first[i], second[i]) for i in {*first} & {*second})  # another epoch, other crops
 
 
@@ -685,7 +694,8 @@ def test_toy_is_a_function_of_seed_split_and_number():
 def test_toy_never_names_what_is_held_out():
     """No training picture shows, and no training caption has the words of, a held-out colour and shape."""
     dataset = data.ToyDataset(6000, None)
-    words = {word: name for names in (data.COLORS, data.SHAPES) for name, (_, *others) in names.items() for word in (name, *others)}
+    names = {**data.COLORS, **data.SHAPES}
+    words = {word: name for name, (_, *others) in names.items() for word in (name, *others)}
     shown = Counter(dataset.label(i) for i in range(len(dataset)))
     assert len(shown) == 48 and min(shown.values()) > 50
     for i in range(len(dataset)):
@@ -743,7 +753,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     data.main([path, "--limit", "2", "--out", str(tmp_path / "sheet.png")])
     text = capsys.readouterr().out
     assert "2 pairs" in text and "cannot be downloaded" in text and "tokens" not in text
-    for argument, code in (("--help", 0), (str(tmp_path / "nowhere"), f"there is no {tmp_path}/nowhere; data are a folder or pattern of tars, a .tsv, .csv or .jsonl")):
-        with pytest.raises(SystemExit) as stop:
-            data.main([argument])
-        assert stop.value.code == code
+    with pytest.raises(SystemExit, match=f"there is no {tmp_path}/nowhere; data are"):
+        data.main([str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="^0$"):
+        data.main(["--help"])

@@ -135,6 +135,10 @@ def test_file_formats(tmp_path, small):
     (tmp_path / "wrong.txt").write_text("header\none two three\n")
     with pytest.raises(SystemExit, match="--bpe.*two symbols"):
         data.Tokenizer(tmp_path / "wrong.txt")
+    for name, content in (("binary.txt", b"\xff\xfe\0"), ("not.gz", b"text"), ("cut.gz", (tmp_path / "merges.gz").read_bytes()[:99])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match=f"--bpe.*{name}"):
+            data.Tokenizer(tmp_path / name)
 
 
 def test_pieces_met_before_are_bounded(small):
