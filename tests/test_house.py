@@ -1,5 +1,6 @@
 """The rules of the house: copies are identical, a script is clip.py plus its method, losses stand alone, few imports."""
 import ast
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ PACKAGES = {"torch", "torchvision", "numpy", "tqdm", "PIL"}
 RESNET = {"Bottleneck", "AttentionPool2d", "ModifiedResNet"}  # stand only where they are used
 
 # what makes a script run rather than what one borrows from it
-PLUMBING = RESNET | {"Attention", "QuickGELU", "Block", "Transformer", "VisionTransformer", "build", "views", "picture",
-                     "save_checkpoint", "load_checkpoint", "load_clip_state", "init_distributed", "parse_args", "main"}
+VIEWS = {"declip_views", "neighbor_picture", "prototype_picture", "aclip_views", "masks_picture", "affinity_picture", "survivors_picture"}
+TOWERS = {"MaskedVisionTransformer", "Headless"}  # a method's own, on the blocks of clip.py
+PLUMBING = RESNET | VIEWS | TOWERS | {"Attention", "QuickGELU", "Block", "Transformer", "VisionTransformer", "build", "views", "picture",
+                     "save_checkpoint", "load_checkpoint", "load_clip_state", "init_distributed", "positive", "parse_args", "main"}
 MODELS = {"CLIP", "DeCLIP", "ProtoCLIP", "ACLIP", "TinyCLIP"}
 
 
@@ -30,6 +33,40 @@ BORROW = {  # how somebody who copied a part would call it
     "clip_loss": lambda f: f(unit(4, 8), unit(4, 8), 10.),
     "lr_at": lambda f: f(3, 10, 2, 1e-3),
     "param_groups": lambda f: f(torch.nn.Linear(2, 2), .1),
+    # declip
+    "multi_view_clip_loss": lambda f: f(unit(2, 4, 8), unit(2, 4, 8), 10.),
+    "nearest_neighbor_loss": lambda f: f(unit(2, 4, 8), unit(2, 4, 8), 10.),
+    "simsiam_loss": lambda f: f(*unit(4, 5, 8)),
+    "SimSiam": lambda SimSiam: SimSiam(8, 16, 4)(unit(5, 8)),
+    "FeatureQueue": lambda FeatureQueue: (lambda queue: (queue.enqueue(unit(4, 8)), queue.nearest(unit(4, 8))))(FeatureQueue(16, 8)),
+    "mask_tokens": lambda f: f(torch.tensor([[38, 1, 2, 39, 0]]), torch.tensor([3]), 40, 41),
+    "pack_labels": lambda f: f(torch.tensor([[-100, 1, -100], [-100, -100, -100]]), 3),
+    "mlm_loss": lambda f: f(unit(4, 8), torch.tensor([1, -100, 2, -100])),
+    "eda": lambda f: f("a red circle", random.Random(0)),
+    "read_synonyms": lambda f: f,  # takes a file
+    # protoclip
+    "sample_episode": lambda f: f(0, 1, 8, 100),
+    "kmeans": lambda f: f(unit(20, 4), 3, 4, 2, 0),
+    "cluster_means": lambda f: f(unit(20, 4), torch.arange(20) % 3, 3),
+    "expected_target": lambda f: f(unit(3, 6), unit(3, 4), .01),
+    "proto_loss": lambda f: f(unit(5, 4), unit(3, 4), unit(3, 4), torch.arange(5) % 3, 10.),
+    "projection_head": lambda f: f(8, 16, 4)(unit(5, 8)),
+    "caption_features": lambda f: f([[1, 2], [2, 3], [1]], 5, 2),
+    # aclip
+    "three_crops": lambda f: f((40, 30), random.Random(0)),
+    "attentive_keep": lambda f: f(torch.rand(2, 64), torch.tensor([[[0, 0, 9, 9], [1, 1, 9, 9], [0, 0, 10, 10]]] * 2)),
+    "random_keep": lambda f: f(2, 16, 8),
+    "ntxent_loss": lambda f: f(unit(4, 8), unit(4, 8), .1),
+    "byol_loss": lambda f: f(unit(4, 8), unit(4, 8)),
+    "SyncBatchNorm": lambda SyncBatchNorm: SyncBatchNorm(8)(unit(4, 8)),
+    "update_ema": lambda f: f(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), .9),
+    # tinyclip
+    "affinity_loss": lambda f: f(unit(4, 8), unit(4, 8), 50., unit(4, 6), unit(4, 6), 50.),
+    "inherit": lambda f: f({"ln_final.weight": unit(1, 8)[0], "logit_scale": unit(1)[0]}, {"ln_final.weight": unit(1, 4)[0], "logit_scale": unit(1)[0]}),
+    "Gates": lambda Gates: Gates(128, [2, 2], [512, 512]).sample(),
+    "sparsity_loss": lambda f: f(torch.tensor(9.), 10., .5, torch.tensor([1., 1.])),
+    "MaskedLayerNorm": lambda MaskedLayerNorm: MaskedLayerNorm(torch.nn.LayerNorm(8))(unit(4, 8)),
+    "shrink": lambda f: f, "prunable": lambda f: f, "prune": lambda f: f, "encode_captions": lambda f: f,  # take a whole model: see their tests
 }
 
 

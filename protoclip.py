@@ -1,0 +1,953 @@
+"""ProtoCLIP: CLIP that also groups; prototypes of one modality, found by K-means, teach the other modality its groups.
+
+The idea. CLIP pushes every picture away from every caption but its own, also where both show a dog. ProtoCLIP adds a
+task above the level of single pairs. Training goes in episodes of m pairs. Before each, the features of all m pairs are
+extracted and grouped by K-means into K prototypes a modality. Then each picture is taught to recognise the group of its
+*caption*, and each caption the group of its *picture*. Groups are handed over without asking the modalities to lie in
+one place ("prototypical back translation"): a picture is not scored against the prototypes of captions, but against the
+mean of the pictures whose captions share a group. A third grouping may come from outside, such as a language model's
+features of the captions, which need not have anything to do with the model's own space.
+
+The loss. z is a tower's output, x = z / |z| as in CLIP, and h = g(z) / |g(z)| behind a head g. Of teacher modality y for
+student x: t the labels, C the centroids (not of unit norm), tau = --target-temperature. r is a learned scale of its own.
+
+    D_k = mean of the student's h_i with t_i = k         T = softmax(C C' / tau) D   (T = D for the external teacher)
+    P(h, D, T, t) = mean_i [ log sum_k exp(r <h_i, D_k>)  -  r <h_i, T_(t_i)> ]
+    L = L_clip + 1/2 [ P(image; text) + P(text; image) ] + 1/2 [ P(image; external) + P(text; external) ]
+
+which is the paper's cross-entropy with the soft targets softmax(C_t C' / tau), for a cross-entropy is linear in its target;
+so no step needs the K x K similarities. D, T and t are constants of an episode. P is a mean over samples against
+constants: W ranks need no gather for it, and DDP's mean is exact. In the first episode L = L_clip.
+
+The cost. One more forward pass over each pair (+33 %), and a second reading of it; K-means +1 %, the losses below +1 %.
+
+How to run.
+    python protoclip.py                                                  drawn toy data, any machine, minutes
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --eval /imagenet/val       see RECIPES for the settings
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy       the paper's best
+    python clip.py --data cc3m --augment protoclip                       the baseline; the paper's own had fewer augmentations
+    python protoclip.py --w-proto 0                                      the same code without prototypes, nothing extracted
+
+The file of --teacher-features: floats [M, any], row i for the i-th pair in use, saved by numpy.save. The authors' is made
+with transformers' roberta-large: last_hidden_state of each caption, cut to 77 ids, mean over the positions (theirs takes in
+the padding, with id 0; leaving it out is saner), rows to unit norm, PCA to 64 dimensions without whitening. "captions" in
+place of a file makes one of the captions alone: TF-IDF, which is ours and not the paper's; it stays in --out.
+
+Where paper, released code and this file part. The body of the paper was not at hand: this follows the released code, but
+    - gradients are those of the whole batch; theirs are divided by W in towers and heads, so that --clip-grad bites W times
+      earlier here (the log has grad_norm);
+    - an episode's sample is a function of (seed, episode); theirs is lost on resume, and ranks may disagree on it. It is
+      whole batches (theirs groups an incomplete last one, but does not train on it), and not grouped where nothing needs it;
+    - K-means runs on all ranks, which exchange sums; the rules are faiss's, the random choices our own. The best restart is
+      that of the best final objective (theirs: one Lloyd step before);
+    - no "locked image" in the last two episodes: it has no effect at their settings;
+    - towers are ours (GELU for QuickGELU), long captions keep their end token, the blur is at the scale of the picture;
+    - a bad step leaves no trace in the running statistics of batch norms, with which features are extracted.
+Batch norm, in heads too, uses the statistics of its own rank, and rank 0's running ones, as theirs does.
+
+Sources: Chen et al., ProtoCLIP (arXiv 2206.10996, TNNLS 2023) and github.com/megvii-research/protoclip.
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import time
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import data
+import eval as evaluator
+
+
+# loss
+
+class Gather(torch.autograd.Function):
+    """all_gather along dimension 0 whose backward gives each rank the sum of the gradients that all ranks hold for its rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(rows, x.contiguous())
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    """Rows of all ranks, rank-major: [B, ...] -> [N, ...], with gradient; x itself where there is no process group."""
+    return Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
+
+
+def clip_loss(image_features, text_features, logit_scale):
+    """Symmetric InfoNCE of CLIP (section 2.3, figure 3) over all ranks, for the rows of this rank.
+
+    image_features, text_features: unit rows [B, D], row i of one belonging to row i of the other; B equal on all ranks.
+    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: in bf16 a
+    logit near 100 is off by up to 0.13.
+    The mean over ranks is the loss of the whole batch; ln N for uninformative features.
+    """
+    with torch.autocast(image_features.device.type, enabled=False):
+        x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
+        all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
+        rank = dist.get_rank() if len(all_x) > len(x) else 0  # one process has no process group
+        labels = torch.arange(len(x), device=x.device) + rank * len(x)  # where the own pairs stand among the N
+        image_logits = logit_scale * x @ all_y.T  # [B, N]
+        text_logits = logit_scale * y @ all_x.T  # [B, N]
+        return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+
+
+# prototypes
+
+def sample_episode(seed, episode, size, length):
+    """Numbers of the samples of an episode: int64 [size] out of range(length), uniform, with replacement. A function of its
+    arguments alone, so the same on all ranks and after a restart (released code: training/data.py, where it is not)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + episode)
+    return torch.randint(length, (size,), generator=generator)
+
+
+def kmeans(x, k, iters=20, restarts=3, seed=0):
+    """Lloyd's algorithm under the rules of faiss.Kmeans, which the released code calls (training/clustering.py): Euclidean,
+    centroids are plain means; an empty cluster takes half of another, chosen by its size; the best of some restarts.
+
+    x: this rank's rows [n, d], r, r + W, ... of the whole; all ranks call it, and sums alone travel, in float64.
+    Returns the labels [n] of these rows, centroids [k, d] and objective (float, the sum over the whole of the squared
+    distances to the centroids returned). ValueError if there are fewer than k rows in all.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    parallel = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+    split = 1 + torch.arange(x.shape[1], device=x.device) % 2 * -2  # 1, -1, 1, ...
+
+    def total(sums):
+        if parallel:
+            dist.all_reduce(sums)
+        return sums
+
+    def nearest(centroids):  # -> labels [n], squared distances [n]
+        found = []
+        for rows in x.split(4096):
+            label = torch.addmm(centroids.square().sum(1), rows, centroids.T, alpha=-2).argmin(1)
+            found.append((label, (rows - centroids[label]).square().sum(1)))
+        return map(torch.cat, zip(*found))
+
+    rows = int(total(torch.tensor(len(x), device=x.device)))
+    if k > rows:
+        raise ValueError(f"{rows} rows cannot make {k} clusters")
+    best = None
+    for restart in range(restarts):
+        generator = torch.Generator().manual_seed(seed + restart)  # the same on all ranks
+        picked = torch.randperm(rows, generator=generator)[:k].to(x.device)
+        centroids, mine, last = x.new_zeros(k, x.shape[1]), picked % world == rank, None
+        centroids[mine] = x[picked[mine] // world]
+        total(centroids)
+        for _ in range(iters):
+            labels, distances = nearest(centroids)
+            sums = torch.cat([x, x.new_ones(len(x), 1), distances[:, None]], 1).double()
+            sums = total(sums.new_zeros(k, sums.shape[1]).index_add_(0, labels, sums))  # [k, d+2]
+            count, objective = sums[:, -2], sums[:, -1].sum().item()
+            if objective == last:
+                break
+            last, centroids = objective, (sums[:, :-2] / count.clamp(min=1)[:, None]).to(x.dtype)
+            empty = (count == 0).nonzero()[:, 0]
+            if len(empty):
+                spare = (count - 1).clamp(min=0).cpu()
+                few = int((spare > 0).sum()) < len(empty)
+                donors = torch.multinomial(spare, len(empty), replacement=few, generator=generator).to(x.device)
+                centroids[empty] = centroids[donors] * (1 + split / 1024)
+                centroids[donors] = centroids[donors] * (1 - split / 1024)
+        labels, distances = nearest(centroids)
+        objective = total(distances.double().sum()).item()
+        if best is None or objective < best[2]:
+            best = labels, centroids, objective
+    return best
+
+
+def cluster_means(x, labels, k):
+    """Prototypical back translation: the mean of a student's rows under a teacher's labels (released code: training/clustering.py).
+
+    x: this rank's rows [n, d]; labels [n] in range(k). Returns [k, d], the means over all ranks, not of unit norm; a cluster
+    without a row is a row of zeros and stays one: it has logit 0.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    sums = torch.cat([x, x.new_ones(len(x), 1)], 1).double()
+    sums = sums.new_zeros(k, sums.shape[1]).index_add_(0, labels, sums)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    return (sums[:, :-1] / sums[:, -1:].clamp(min=1)).to(x.dtype)
+
+
+def expected_target(teacher_centroids, student_centroids, temperature):
+    """What a sample of each teacher's cluster is to look like on average: the student's centroids, weighted by the similarity
+    of the teacher's, softmax(C C' / temperature) D (released code: training/loss.py, where it is made anew each step).
+
+    teacher_centroids [k, e], student_centroids [k, d], neither of unit norm. Returns [k, d]; temperature <= 0: hard targets,
+    the student's centroids themselves.
+    """
+    with torch.autocast(student_centroids.device.type, enabled=False):
+        C, D = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (teacher_centroids, student_centroids))
+        return torch.cat([(rows @ C.T / temperature).softmax(1) @ D for rows in C.split(4096)]) if temperature > 0 else D
+
+
+def proto_loss(features, student_centroids, target, labels, logit_scale):
+    """Cross-entropy of a student's features over its prototypes with a teacher's soft targets (released code: training/loss.py).
+
+    features: unit rows [B, d]; student_centroids [k, d]; target [k, d], of expected_target (student_centroids: hard targets);
+    labels [B], the teacher's; logit_scale: the factor. Returns a scalar, computed in at least fp32 also under autocast: a
+    mean over the rows of this rank, which the mean over ranks makes that of the whole batch. ln k for uninformative features.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        h, D, T = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (features, student_centroids, target))
+        return ((logit_scale * h @ D.T).logsumexp(1) - logit_scale * (h * T[labels]).sum(1)).mean()
+
+
+def projection_head(dim, hidden, out):
+    """The head between a tower and its prototypes: [B, dim] -> [B, out], not of unit norm (released code: open_clip/model.py)."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+def caption_features(ids, vocab, dim=64):
+    """Features of captions without any model: TF-IDF of their tokens, unit rows, at the best `dim` dimensions (ours).
+
+    ids: a list of M lists of token ids below vocab. Returns float32 [M, dim] (fewer where M or vocab is less).
+    """
+    row = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(words) for words in ids]))
+    token = torch.tensor([token for words in ids for token in words], dtype=torch.int64)
+    counts = torch.sparse_coo_tensor(torch.stack([row, token]), torch.ones(len(row)), (len(ids), vocab), check_invariants=False).coalesce()
+    row, token = counts.indices()
+    weight = counts.values() * torch.log(len(ids) / token.bincount(minlength=vocab)[token])
+    norm = torch.zeros(len(ids)).index_add_(0, row, weight.square()).sqrt()
+    tfidf = torch.sparse_coo_tensor(counts.indices(), weight / norm[row].clamp(min=1e-12), counts.shape, check_invariants=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, _ = torch.svd_lowrank(tfidf, min(dim, len(ids), vocab))
+    return u * s
+
+
+# encoders: OpenAI's towers under open_clip's parameter names
+
+class QuickGELU(nn.Module):
+    """OpenAI's approximation of GELU; their weights need it."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with heads of 64, under the parameter names of nn.MultiheadAttention."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x, causal=False):  # [B, L, C]
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, -1, 64))  # [B, L, 3, heads, 64]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, L, 64] each
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width, quick_gelu=False):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU() if quick_gelu else nn.GELU(), c_proj=nn.Linear(4 * width, width)))
+
+    def forward(self, x, causal=False):  # [B, L, C]
+        x = x + self.attn(self.ln_1(x), causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Blocks one after the other; with checkpoint_activations each is recomputed in the backward pass to save memory."""
+
+    def __init__(self, width, layers, quick_gelu=False):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, quick_gelu) for _ in range(layers))
+        self.checkpoint_activations = False
+
+    def forward(self, x, causal=False):  # [B, L, C]
+        for block in self.resblocks:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, causal, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, causal)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """OpenAI's ViT: patches and a class token through pre-norm blocks; the class token is the picture's feature."""
+
+    def __init__(self, embed_dim, image_size, patch_size, width, layers, quick_gelu=False):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
+        self.class_embedding = nn.Parameter(width ** -.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width ** -.5 * torch.randn(1 + (image_size // patch_size) ** 2, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, quick_gelu)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width ** -.5 * torch.randn(width, embed_dim))
+
+    def embed(self, images):
+        """Tokens that enter the first block, class token first: [B, 3, S, S] -> [B, 1+P, C]."""
+        patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, P, C]
+        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        return self.ln_pre(torch.cat([class_token, patches], 1) + self.positional_embedding)
+
+    def forward(self, images):  # [B, 3, S, S] -> [B, D]
+        return self.ln_post(self.transformer(self.embed(images))[:, 0]) @ self.proj
+
+
+class Bottleneck(nn.Module):
+    """ResNet bottleneck whose stride is an average pool in front of a convolution of stride 1, in both branches."""
+
+    def __init__(self, inplanes, planes, stride=1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inplanes, planes, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
+        nn.init.zeros_(self.bn3.weight)  # every block starts as its shortcut
+        self.avgpool = nn.AvgPool2d(stride)
+        self.downsample = nn.Sequential(OrderedDict([
+            ("-1", nn.AvgPool2d(stride)), ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)), ("1", nn.BatchNorm2d(4 * planes))
+        ])) if stride > 1 or inplanes != 4 * planes else nn.Identity()
+
+    def forward(self, x):
+        out = self.bn1(self.conv1(x)).relu()
+        out = self.bn2(self.conv2(out)).relu()
+        out = self.bn3(self.conv3(self.avgpool(out)))
+        return (out + self.downsample(x)).relu()
+
+
+class AttentionPool2d(nn.Module):
+    """One attention step in which the mean of the grid asks and the mean and the grid answer (heads of 64)."""
+
+    def __init__(self, grid, width, embed_dim):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(width ** -.5 * torch.randn(1 + grid ** 2, width))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.c_proj = nn.Linear(width, embed_dim)
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(linear.weight, std=width ** -.5)
+
+    def forward(self, x):  # [B, C, h, w] -> [B, D]
+        x = x.flatten(2).transpose(1, 2)  # [B, P, C]
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding
+        q, k, v = (p(t).unflatten(-1, (-1, 64)).transpose(1, 2)
+                   for p, t in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x)))
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, 1, 64]
+        return self.c_proj(x.flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """OpenAI's ResNet: a stem of three convolutions, average pools for strides, attention in place of the last pool."""
+
+    def __init__(self, embed_dim, image_size, width, layers):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
+        self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(width // 2)
+        self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        inplanes = width
+        for i, depth in enumerate(layers):
+            planes = width * 2 ** i
+            blocks = [Bottleneck(inplanes if j == 0 else 4 * planes, planes, 2 if i > 0 and j == 0 else 1) for j in range(depth)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            inplanes = 4 * planes
+        self.attnpool = AttentionPool2d(image_size // 32, 32 * width, embed_dim)
+
+    def forward(self, images):  # [B, 3, S, S] -> [B, D]
+        x = self.bn1(self.conv1(images)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        x = self.avgpool(self.bn3(self.conv3(x)).relu())
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.attnpool(x)
+
+
+class CLIP(nn.Module):
+    """The two towers and the temperature. vision_layers: a number for a ViT, four for the stages of a ResNet."""
+
+    def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width, text_layers,
+                 quick_gelu=False):
+        super().__init__()
+        if isinstance(vision_layers, int):
+            self.visual = VisionTransformer(embed_dim, image_size, patch_size, vision_width, vision_layers, quick_gelu)
+        else:
+            self.visual = ModifiedResNet(embed_dim, image_size, vision_width, vision_layers)
+        self.transformer = Transformer(text_width, text_layers, quick_gelu)
+        self.token_embedding = nn.Embedding(vocab, text_width)
+        self.positional_embedding = nn.Parameter(.01 * torch.randn(context, text_width))
+        self.ln_final = nn.LayerNorm(text_width)
+        self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
+        nn.init.normal_(self.token_embedding.weight, std=.02)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * text_layers * text_width) ** -.5)
+
+    def encode_image(self, images):
+        """Normalised pictures [B, 3, S, S] -> features [B, D], not of unit norm."""
+        return self.visual(images)
+
+    def text_tokens(self, tokens):
+        """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. Causal:
+        position j knows nothing of what follows it, so captions may be cut after the longest one's end token."""
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        return self.ln_final(self.transformer(x, causal=True))
+
+    def encode_text(self, tokens, eot=None):
+        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token (eot [B]; the largest id if not given)."""
+        x = self.text_tokens(tokens)
+        return x[torch.arange(len(x), device=x.device), tokens.argmax(-1) if eot is None else eot] @ self.text_projection
+
+    def forward(self, images, tokens):
+        """Images [B, 3, S, S], tokens [B, L] -> unit image_features [B, D], unit text_features [B, D], logit_scale (the factor)."""
+        image_features, text_features = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+                                         for x in (self.encode_image(images), self.encode_text(tokens)))
+        return image_features, text_features, self.logit_scale.exp()
+
+
+class ProtoCLIP(CLIP):
+    """CLIP with a head behind each tower, for training alone, and a second temperature. The heads start out equal."""
+
+    def __init__(self, embed_dim, proj_hidden=2048, proj_dim=128, **sizes):
+        super().__init__(embed_dim, **sizes)
+        self.image_head, self.text_head = (projection_head(embed_dim, proj_hidden, proj_dim) for _ in range(2))
+        self.image_head.load_state_dict(self.text_head.state_dict())
+        self.logit_scale_proto = nn.Parameter(torch.tensor(math.log(1 / .07)))
+
+    def forward(self, images, tokens):
+        """Images [B, 3, S, S], tokens [B, L] -> unit rows image_features, text_features [B, D], image_projections,
+        text_projections [B, d], and the factors logit_scale, logit_scale_proto. The heads take features not of unit norm."""
+        z_i, z_t = self.encode_image(images), self.encode_text(tokens)
+        rows = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+                for x in (z_i, z_t, self.image_head(z_i), self.text_head(z_t)))
+        return *rows, self.logit_scale.exp(), self.logit_scale_proto.exp()
+
+
+ENCODERS = ("visual.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale")
+MODELS = {  # sizes from OpenAI and open_clip; 224 pixels and 12 text layers where nothing else is said
+    "ViT-B-32": dict(embed_dim=512, patch_size=32, vision_width=768, vision_layers=12, text_width=512),
+    "ViT-B-16": dict(embed_dim=512, patch_size=16, vision_width=768, vision_layers=12, text_width=512),
+    "ViT-S-16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_layers=12, text_width=384),
+    "RN50": dict(embed_dim=1024, patch_size=None, vision_width=64, vision_layers=(3, 4, 6, 3), text_width=512),
+    "tiny": dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=4, text_width=128, text_layers=4),  # ours
+}
+
+
+def build(source, cls=CLIP, **overrides):
+    """A model of class cls, either new (source: a name in MODELS) or from weights (source: a state dict, whose shapes say the
+    sizes). overrides: keyword arguments of cls that replace or complete the sizes; a state dict does not tell quick_gelu."""
+    if isinstance(source, str):
+        return cls(**{"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source], **overrides})
+
+    def depth(prefix):
+        return len({key[len(prefix):].split(".")[0] for key in source if key.startswith(prefix)})
+
+    conv, positions = source["visual.conv1.weight"], source["positional_embedding"]
+    sizes = dict(embed_dim=source["text_projection"].shape[1], context=len(positions), vocab=len(source["token_embedding.weight"]),
+                 text_width=positions.shape[1], text_layers=depth("transformer.resblocks."))
+    if "visual.proj" in source:
+        grid = math.isqrt(len(source["visual.positional_embedding"]) - 1)
+        sizes |= dict(patch_size=conv.shape[-1], image_size=grid * conv.shape[-1], vision_width=len(conv),
+                      vision_layers=depth("visual.transformer.resblocks."))
+    else:
+        grid = math.isqrt(len(source["visual.attnpool.positional_embedding"]) - 1)
+        sizes |= dict(patch_size=None, image_size=grid * 32, vision_width=2 * len(conv),
+                      vision_layers=tuple(depth(f"visual.layer{i}.") for i in (1, 2, 3, 4)))
+    model = cls(**{**sizes, **overrides})
+    model.load_state_dict(source)
+    return model
+
+
+# views and picture
+
+AUGMENT = {  # crop = share of the area; then probabilities, see data.color_params; by the method whose paper or code uses it
+    "clip": dict(crop=(.5, 1.)),  # SLIP's and DeCLIP's CLIP baselines
+    "declip": dict(crop=(.2, 1.), flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5),  # MoCo v2
+    "protoclip": dict(crop=(.5, 1.), flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2),
+    "aclip": dict(crop=(.5, 1.), jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2),  # no flip: crops map onto each other
+}
+
+
+def views(image, caption, rng, tokenizer, size, augment):
+    """One sample in the worker: image bytes and a caption -> uint8 picture [3, S, S], its colour parameters [8], tokens [L]."""
+    options = {name: value for name, value in AUGMENT[augment].items() if name != "crop"}
+    sample = {"images": data.random_resized_crop(image, size, AUGMENT[augment]["crop"], rng), "tokens": tokenizer([caption])[0]}
+    return sample | {"colors": data.color_params(rng, **options)} if options else sample
+
+
+def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
+    """Writes twelve pictures of a data set, each over the three texts that the model ranks highest among those of 64 pictures:
+    captions, or class names where there are none. A star marks its own."""
+    device, training = model.logit_scale.device, model.training
+    places = range(0, len(dataset), max(1, len(dataset) // count))[:count]
+    images = [(i, image) for image, i in map(evaluator.Pictures(dataset, preprocess.size).__getitem__, places) if i >= 0][:show]
+    own = {i: (dataset.captions(i) or [dataset.classnames[dataset.label(i)]])[0] for i in places}
+    texts = sorted(set(own.values()))
+    model.eval()
+    with torch.inference_mode():
+        image_features = model.encode_image(preprocess.normalize(torch.stack([image for _, image in images]).to(device)))
+        text_features = F.normalize(model.encode_text(tokenizer(texts).to(device)), dim=-1)
+        best = (image_features @ text_features.T).topk(min(3, len(texts)), 1).indices.tolist()
+    model.train(training)
+    data.grid([image for _, image in images], ["\n".join(("* " if texts[j] == own[i] else "- ") + texts[j] for j in row)
+                                               for row, (i, _) in zip(best, images)], path)
+
+
+def prototype_picture(path, dataset, samples, labels, k, size, rows=12, members=5):
+    """Writes a row for each of the largest prototypes: the sizes of all k, largest first, its own in red; members with captions.
+
+    samples: number of the sample at each place of the episode [m]; labels: its prototype [m]; both on the CPU.
+    """
+    counts, order = labels.bincount(minlength=k).sort(descending=True)
+    height = size - 1 - (counts[torch.arange(size) * k // size] / counts[0] * (size - 1)).long()  # of the bars, from the top
+    images, captions = [], []
+    for place, prototype in enumerate(order[:rows].tolist()):
+        bars = torch.where(torch.arange(size)[:, None] < height, 255, 150).expand(3, -1, -1).to(torch.uint8).clone()
+        own = slice(place * size // k, max(place * size // k + 1, (place + 1) * size // k))
+        bars[:, :, own] = torch.where(bars[:, :, own] < 255, torch.tensor([220, 0, 0])[:, None, None], 255).to(torch.uint8)
+        found = samples[labels == prototype].unique()[:members].tolist()
+        found = (found * members)[:members]  # a prototype of few samples shows them again
+        images += [bars] + [data.center_crop(dataset.image(i), size) for i in found]
+        captions += [f"prototype {prototype}: {counts[place]} of {len(labels)}"] + [dataset.captions(i)[0] for i in found]
+    data.grid(images, captions, path, columns=1 + members)
+
+
+# training: schedule, parameter groups, checkpoints
+
+def lr_at(step, total, warmup, lr, start=0., end=0.):
+    """Learning rate of step 0 .. total-1: linear to lr over the warmup steps, then half a cosine down to end. From 0 the first
+    step already takes lr / warmup (open_clip); from a start > 0 both ends of the line are included (SLIP, DeCLIP)."""
+    if step < warmup:
+        return start + (lr - start) * (step / max(1, warmup - 1) if start else (step + 1) / warmup)
+    return end + (lr - end) * .5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def param_groups(model, weight_decay, no_decay=()):
+    """Two AdamW groups of the trainable parameters: matrices decay; vectors and scalars (biases, norms, class token, logit_scale),
+    which limit no function by being small, and whatever name starts with one of no_decay do not."""
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim < 2 or name.startswith(tuple(no_decay))]["params"].append(parameter)
+    return groups
+
+
+def save_checkpoint(path, **state):
+    """Writes state (tensors and plain Python values only) in one move, so that a kill leaves the old file or the new one."""
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path):
+    """The state that save_checkpoint wrote, on the CPU. SystemExit with a sentence if the file is cut off or foreign."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["script"], state["model"], state["step"]
+    except Exception as error:
+        raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin anew with "
+                         "--restart, or choose another --out") from None
+    return state
+
+
+def load_clip_state(path):
+    """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a state dict or TorchScript
+    archive of OpenAI's, or a state dict of open_clip's. SystemExit with a sentence if path is none of them."""
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        state = state.get("model", state.get("state_dict", state))
+        state = {key.removeprefix("module."): value.float() if value.is_floating_point() else value for key, value in state.items()}
+        state["text_projection"], state["visual.conv1.weight"]
+    except Exception as error:
+        raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
+    return {key: value for key, value in state.items() if key.startswith(ENCODERS)}
+
+
+def init_distributed():
+    """rank, world size and device of this process, from the environment that torchrun sets; 0, 1 without it."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+# recipes and flags
+
+RECIPES = {  # batch size is global, warm-up in steps; episodes of m pairs with K = m / 10 prototypes, as in the released README
+    "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy",
+                episode_size=4096, prototypes=400),  # ours; no other colours, for colours are what is named
+    "small": dict(model="tiny", batch_size=256, epochs=20, lr=1e-3, warmup=200, weight_decay=.1, augment="protoclip",
+                  episode_size=20_000, prototypes=2000),  # ours
+    # README of the released code, 8 GPUs: 21.47 % zero-shot with the external teacher (CLIP: 19.46), on 2.5 M of the pairs
+    "cc3m": dict(model="RN50", batch_size=512, epochs=32, lr=5e-4, warmup=15_625, weight_decay=.5, augment="protoclip",
+                 episode_size=200_000, prototypes=20_000),
+    # none was released: clip.py's, with the episodes of cc3m (ours)
+    "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="protoclip",
+                  episode_size=200_000, prototypes=20_000),
+    "yfcc15m": dict(model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5, augment="protoclip",
+                    episode_size=200_000, prototypes=20_000),
+}
+
+
+def positive(text):
+    """argparse's type for the whole numbers from 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="A flag not given takes the value of the recipe.")
+    add = parser.add_argument
+    add("--data", default="toy", help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
+    add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default $CLIP_DATA or ./datasets)")
+    add("--recipe", choices=RECIPES, help="default: by the name of --data; for a path small under 100,000 pairs, else cc3m")
+    add("--model", choices=MODELS)
+    add("--image-size", type=positive, help="side of the pictures in pixels (default: the model's)")
+    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that were trained with it")
+    add("--batch-size", type=positive, help="pairs a step, all ranks together")
+    add("--epochs", type=positive)
+    add("--lr", type=float)
+    add("--warmup", type=int, help="steps")
+    add("--weight-decay", type=float)
+    add("--augment", choices=AUGMENT, help="the image augmentation of that method")
+    add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU that has it, fp16 on others, off on the CPU")
+    add("--eval", help="comma list of test sets: toy, folders, names that eval.py knows")
+    add("--eval-every", type=positive, default=1, help="epochs")
+    add("--init", help="start from these weights: a checkpoint of ours, OpenAI's or open_clip's")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--checkpoint-activations", action="store_true", help="transformers keep less and compute a third more")
+    add("--workers", type=int, help="processes a rank that read data (default: its share of the cores; none for toy)")
+    add("--seed", type=int, default=0)
+    add("--limit", type=positive, help="only the first N pairs")
+    add("--subset", help="only the pairs whose keys stand in this file, one a line")
+    add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
+    add("--log-every", type=positive, default=20, help="steps")
+    add("--out", help="default runs/<script>-<data>; a run that finds its own checkpoint there resumes")
+    add("--restart", action="store_true", help="begin anew")
+    add = parser.add_argument_group("ProtoCLIP").add_argument
+    add("--episode-size", type=positive, help="m, pairs between two clusterings; cut to the data's and to whole batches")
+    add("--prototypes", type=positive, help="K, clusters of each modality; at most a tenth of the episode")
+    add("--kmeans-iters", type=positive, default=20)
+    add("--kmeans-restarts", type=positive, default=3)
+    add("--target-temperature", type=float, default=.01, help="of the soft targets; 0: hard targets")
+    add("--w-proto", type=float, default=1., help="weight of the prototypes of the other modality")
+    add("--w-teacher", type=float, default=1., help="weight of the prototypes of --teacher-features")
+    add("--teacher-features", help="a .npy [pairs, any] in the order of the data, or captions: TF-IDF made of them (default: none)")
+    add("--warmup-episodes", type=int, default=1, help="first episodes, which train by the loss of CLIP alone")
+    add("--proj-hidden", type=positive, default=2048, help="width of the heads")
+    add("--proj-dim", type=positive, default=128, help="dimensions in which is clustered")
+    add("--clip-grad", type=float, default=10., help="largest norm of the gradient")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = init_distributed()
+
+    # data and settings
+    dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
+    args.recipe = args.recipe or (args.data if args.data in RECIPES else "small" if len(dataset) < 100_000 else "cc3m")
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
+    args.amp = args.amp or ("off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+    args.out = args.out or f"runs/{Path(__file__).stem}-{Path(args.data).stem or 'data'}"
+    if args.workers is None:
+        args.workers = 0 if args.data == "toy" else min(12, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if args.batch_size % world:
+        raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks")
+    batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
+    args.episode_size = min(args.episode_size, len(dataset)) // args.batch_size * args.batch_size
+    args.prototypes = min(args.prototypes, args.episode_size // 10)
+    if not args.prototypes:
+        raise SystemExit(f"--episode-size: {args.episode_size} pairs, in whole batches of {args.batch_size}, are too few for a prototype")
+    batches.indices = sample_episode(args.seed, 0, args.episode_size, len(dataset))
+    steps = len(batches)  # of an episode
+    episodes = max(1, round(args.epochs * len(dataset) / args.episode_size))
+    total = steps * episodes
+    if not steps or args.warmup >= total:
+        raise SystemExit(f"{len(dataset)} pairs make {total} steps in {args.epochs} epochs of batches of {args.batch_size}: too few "
+                         f"for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+
+    # resume
+    out = Path(args.out)
+    restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not after each crash under torchrun
+    saved = load_checkpoint(out / "last.pt") if (out / "last.pt").exists() and not restart else None
+    if saved:
+        changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})" for name, value in vars(args).items()
+                   if name not in ("epochs", "workers", "out", "restart") and value != saved["flags"].get(name)]
+        if saved["script"] != Path(__file__).stem or changed:
+            raise SystemExit(f"{out} holds a run of {saved['script']}.py with other flags: {', '.join(changed)}; give the same ones "
+                             "to resume it, another --out, or --restart to begin anew")
+
+    # model
+    torch.manual_seed(args.seed)
+    tokenizer = data.find_tokenizer(args.bpe, args.data)
+    preprocess = data.Preprocess(args.image_size)
+    dataset.transform = partial(views, tokenizer=tokenizer, size=args.image_size, augment=args.augment)
+    loader = data.loader(dataset, batches, args.workers, device)
+    sizes = dict(image_size=args.image_size, vocab=tokenizer.vocab_size, context=tokenizer.context, quick_gelu=args.quick_gelu)
+    heads = dict(proj_hidden=args.proj_hidden, proj_dim=args.proj_dim)
+    model = build(args.model, ProtoCLIP, **sizes, **heads).to(device)
+    if args.init and not saved:
+        state = load_clip_state(args.init)
+        state["logit_scale_proto"] = model.logit_scale_proto.detach()  # begins anew, as the heads do
+        if {key: value.shape for key, value in state.items()} != {
+                key: value.shape for key, value in model.state_dict().items() if key.startswith(ENCODERS)}:
+            raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and {tokenizer.vocab_size} tokens")
+        model.load_state_dict(state, strict=False)
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.checkpoint_activations = args.checkpoint_activations
+    if args.model == "RN50":
+        model.visual.to(memory_format=torch.channels_last)
+    betas, eps = ((.9, .999), 1e-8) if args.model == "RN50" else ((.9, .98), 1e-6)
+    groups = param_groups(model, args.weight_decay, no_decay=("image_head.", "text_head."))
+    optimizer = torch.optim.AdamW(groups, args.lr, betas=betas, eps=eps, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    step, best, failed, bad = 0, -1., 0, 0
+    teacher = None
+    if args.teacher_features:
+        path = out / "teacher.npy" if args.teacher_features == "captions" else Path(args.teacher_features)
+        if args.teacher_features == "captions" and rank == 0 and not (saved and path.exists()):
+            out.mkdir(parents=True, exist_ok=True)
+            texts = (" ".join(dataset.captions(i)) for i in range(len(dataset)))
+            np.save(out / "tmp.npy", caption_features([tokenizer.encode(text) for text in texts], tokenizer.vocab_size).numpy())
+            os.replace(out / "tmp.npy", path)
+        if world > 1:
+            dist.barrier()
+        try:
+            teacher = np.load(path, mmap_mode="r", allow_pickle=False)
+            if teacher.ndim != 2 or len(teacher) != len(dataset):
+                raise ValueError(f"it holds {list(teacher.shape)}")
+        except (OSError, ValueError, EOFError) as error:
+            raise SystemExit(f"--teacher-features {path} is no .npy of {len(dataset)} rows, one for each pair in use: {error}") from None
+    # constants of an episode; zeros, to begin with, give ln K and no gradient. Terms: image by text, text by image, both by the teacher
+    prototypes = torch.zeros(2 if teacher is None else 4, 2, args.prototypes, args.proj_dim, device=device)  # D and T of each term
+    labels = torch.zeros(len(prototypes), args.episode_size, dtype=torch.int64, device=device)  # by place in the episode
+    samples = torch.zeros(args.episode_size, dtype=torch.int64, device=device)  # number in the data set, by place
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["rng"])
+        step, best, failed, bad = (saved[name] for name in ("step", "best", "failed", "bad"))
+        prototypes, labels, samples = (saved[name].to(device) for name in ("prototypes", "labels", "samples"))
+    if world > 1:
+        everywhere = [None] * world
+        dist.all_gather_object(everywhere, (step, len(dataset)))
+        if len(set(everywhere)) > 1:
+            raise SystemExit(f"ranks disagree on (step, pairs): {everywhere}; --out and --data must be the same on all machines")
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
+        model.compile()
+    parallel = model if world == 1 else DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+    # what the run leaves behind
+    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
+    tests = args.eval.split(",") if args.eval else []
+    shown = [evaluator.open_test(test, root=args.data_root) for test in tests] or [dataset]  # a wrong name should not cost an epoch
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
+        (out / "log.tmp").write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step))
+        os.replace(out / "log.tmp", out / "log.jsonl")
+        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value not in (None, False, "")))
+        print(f"{len(dataset)} pairs, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {total} steps on "
+              f"{world} x {device.type}" + (f", resumed at step {step}" if saved else ""))
+
+    def log(**row):
+        if rank == 0:
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **row}) + "\n")
+
+    def save(name):
+        if rank == 0:
+            save_checkpoint(out / name, script=Path(__file__).stem, step=step, best=best, failed=failed, bad=bad, flags=vars(args),
+                            model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                            rng=torch.get_rng_state(), sizes=dict(quick_gelu=args.quick_gelu, **heads), preprocess=vars(preprocess),
+                            prototypes=prototypes, labels=labels, samples=samples,
+                            merges="\n".join(map(" ".join, tokenizer.merges)), context=tokenizer.context)
+
+    def evaluate():
+        results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root) if tests else {}
+        if rank == 0:
+            picture(out / "captions.png", model, tokenizer, preprocess, shown[0])
+            if prototypes.any():
+                for name, row in (("image", labels[1]), ("text", labels[0])):  # the labels of one teach the other
+                    prototype_picture(out / f"{name}-prototypes.png", dataset, samples.cpu(), row.cpu(), args.prototypes, preprocess.size)
+            tqdm.write(f"step {step}: {evaluator.summary(results)}" if tests else f"step {step} of {total}")
+        return results
+
+    def find_prototypes():
+        """Groups the features of an episode -> prototypes, labels, samples, on all ranks the same."""
+        start, rows, k = time.perf_counter(), [], args.prototypes
+        bar.set_postfix_str("extracting features")
+        model.eval()
+        with torch.no_grad():
+            for batch in loader:
+                images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
+                if "colors" in batch:
+                    images = data.augment(images, batch["colors"].to(device, non_blocking=True))
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    _, _, *h, _, _ = parallel(preprocess.normalize(images), tokens)  # DDP: with rank 0's running statistics
+                rows.append([gather(x)[rank::world] for x in (*h, batch["index"].to(device))])  # rank, rank + W, ... of the episode
+        model.train()
+        h_image, h_text, index = map(torch.cat, zip(*rows))  # [m/W, d], [m/W, d], [m/W]
+        h_image, h_text = (h.nan_to_num(0, 0, 0) for h in (h_image, h_text))
+        extracted = time.perf_counter()
+        with evaluator.full_fp32():
+            cluster = partial(kmeans, k=k, iters=args.kmeans_iters, restarts=args.kmeans_restarts, seed=args.seed)
+            (by_image, C_image, image_objective), (by_text, C_text, text_objective) = cluster(h_image), cluster(h_text)
+            D_image, D_text = cluster_means(h_image, by_text, k), cluster_means(h_text, by_image, k)
+            found = [(D_image, expected_target(C_text, D_image, args.target_temperature), by_text),
+                     (D_text, expected_target(C_image, D_text, args.target_temperature), by_image)]
+            if teacher is not None:
+                by_teacher, *_ = cluster(torch.from_numpy(teacher[index.cpu().numpy()]).float().nan_to_num(0, 0, 0).to(device))
+                found += [(D, D, by_teacher) for D in (cluster_means(h, by_teacher, k) for h in (h_image, h_text))]
+        D, T, t = map(torch.stack, zip(*found))
+        places = gather(torch.cat([t, index[None]]).T)  # [m, terms + 1], rank-major; then in the order of training
+        *t, index = places.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1).T.contiguous()
+        log(step=step + 1, episode=episode, extract_seconds=extracted - start, cluster_seconds=time.perf_counter() - extracted,
+            image_objective=image_objective / len(index), text_objective=text_objective / len(index))
+        return torch.stack([D, T], 1), torch.stack(t), index
+
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+
+    # training
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
+    logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()  # since the last log line
+    bad_in_a_row, results = 0, None
+    for episode in range(step // steps, episodes):
+        batches.epoch, batches.indices = episode, sample_episode(args.seed, episode, args.episode_size, len(dataset))
+        w_proto, w_teacher = (args.w_proto, args.w_teacher if teacher is not None else 0.) if episode >= args.warmup_episodes else (0., 0.)
+        if step % steps == 0 and (w_proto or w_teacher):
+            batches.start, batches.stream = 0, 1  # other crops of the same samples, in the same order
+            prototypes, labels, samples = find_prototypes()
+            start = time.perf_counter()
+        batches.start, batches.stream, tick = step % steps, 0, time.perf_counter()
+        for batch in loader:
+            waited += time.perf_counter() - tick
+            skipped += int(batch["skipped"].sum())
+            images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
+            if "colors" in batch:
+                images = data.augment(images, batch["colors"].to(device, non_blocking=True))
+            statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                image_features, text_features, *rows, logit_scale, proto_scale = parallel(preprocess.normalize(images), tokens)
+            first = step % steps * args.batch_size + rank * len(images)  # place of this batch in the episode
+            P = [proto_loss(h, D, T, t[first:first + len(images)], proto_scale) for h, (D, T), t in zip(rows * 2, prototypes, labels)]
+            clip = clip_loss(image_features, text_features, logit_scale)
+            proto, external = sum(P[:2]) / 2, sum(P[2:]) / 2
+            loss = clip + w_proto * proto + w_teacher * external
+            losses = {"loss": loss, "clip": clip, "proto": proto} | ({"external": external} if P[2:] else {})
+
+            # the step; where the gradient (of all ranks, DDP has averaged it) is not finite, everything stays as it was
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, total, args.warmup, args.lr)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            losses["grad_norm"] = norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            nn.utils.clip_grads_with_norm_(model.parameters(), args.clip_grad, norm)
+            good = norm.isfinite()
+            optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW leave weights and moments alone, without asking the host
+            optimizer.step()
+            scaler.update()
+            with torch.no_grad():
+                for buffer, before in zip(model.buffers(), statistics):
+                    buffer.copy_(buffer.where(good, before))
+                model.logit_scale.clamp_(0, math.log(100))  # the parameter: clamping its exp would end its gradient at the bound
+                model.logit_scale_proto.clamp_(0, math.log(100))
+            step += 1
+
+            # the host looks at the device only here
+            sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
+            if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
+                totals = torch.cat([sums, sums.new_tensor([skipped, waited, len(stop)])])
+                if world > 1:
+                    dist.all_reduce(totals)
+                fine, *means, skips, waits, stopped = (totals / world).tolist()
+                count = step - logged
+                failed += round(skips * world)
+                bad += round(count - fine)
+                bad_in_a_row = 0 if fine else bad_in_a_row + count
+                means = {name: mean / fine if fine else None for name, mean in zip(losses, means)}
+                speed = count * args.batch_size / (time.perf_counter() - start)
+                memory = {"memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
+                log(episode=episode, **means, lr=group["lr"], logit_scale=logit_scale.item(), pairs_per_second=speed, waited=waits,
+                    skipped=failed, bad_steps=bad, **memory)
+                bar.set_postfix_str(f"loss {means['loss'] or math.nan:.3f}, {speed:.0f} pairs/s")
+                bar.update(step - bar.n)
+                data.check_skipped(failed, step * args.batch_size)
+                if bad_in_a_row >= 20:
+                    raise SystemExit(f"20 steps in a row without a finite gradient; the last good weights are in {out / 'last.pt'}")
+                if stopped:
+                    save("last.pt")
+                    if world > 1:
+                        dist.barrier()
+                    raise SystemExit(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
+                logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()
+            if step % 1000 == 0 and step % steps:
+                save("last.pt")
+            tick = time.perf_counter()
+        pairs = args.eval_every * len(dataset)  # between evaluations
+        if (episode + 1) * args.episode_size // pairs > episode * args.episode_size // pairs or step == total:
+            results = evaluate()
+            log(eval=results)
+            score = sum(r[r["metric"]] for r in results.values())
+            if tests and score > best:
+                best = score
+                save("best.pt")
+        save("last.pt")
+        start = time.perf_counter()
+    bar.close()
+    if results is None:  # nothing was left to do
+        evaluate()
+    if rank == 0:
+        print(f"finished {total} steps; {out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
