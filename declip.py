@@ -744,7 +744,7 @@ def main(argv=None):
                                 p=.15 if args.w_mlm else 0., synonyms=synonyms)
     loader = data.loader(dataset, batches, args.workers, device)
     sizes = dict(image_size=args.image_size, vocab=tokenizer.vocab_size + 1, context=tokenizer.context, quick_gelu=args.quick_gelu)
-    heads = dict(ssl=args.w_ssl > 0, mlm=args.w_mlm > 0)
+    heads = dict(ssl=bool(args.w_ssl), mlm=bool(args.w_mlm))
     model = build(args.model, DeCLIP, **sizes, **heads).to(device)
     queue = FeatureQueue(args.queue, model.text_projection.shape[1], device) if args.w_nn else None
     if args.init and not saved:

@@ -14,7 +14,7 @@ The loss. With unit rows x (image), y (text) of the student, u, v of the teacher
 With --auto, h = max(0, target - share removed) and l1, l2 are maximised. A gate z is a hard concrete variable: noise on a
 logit, through a sigmoid that is stretched beyond [0, 1] and cut. Gates multiply weights, z_hidden what enters the residual
 stream, z_heads the output of a head, z_ffn a channel after GELU; LayerNorms see open channels alone. After --prune-step
-steps the gates' expected values are multiplied in, zeros cut out: a ragged dense model, with the same outputs as the gated.
+steps the gates' values without noise are multiplied in, zeros cut out: a ragged dense model, with the same outputs as the gated.
 Each rank scores its rows against the columns of all, gathered with gradient; gates are drawn alike on all ranks: W ranks
 compute the loss and gradient of one process with all their pairs.
 
@@ -748,12 +748,12 @@ def init_distributed():
 SIZES = ("vision_width", "vision_layers", "text_width", "text_layers")
 OFFICIAL = dict(  # manual_ and auto_weight_inherit_100to75.sh but for batch (32,768) and crop (.9, 1); 25 epochs: microsoft/Cream#244
     model="ViT-39M-16-Text-19M", batch_size=4096, epochs=25, lr=1e-4, warmup=2000, weight_decay=.2, augment="clip",
-    prune_step=3000, sparsity_warmup=1000, gate_lr=.02)
+    prune_step=3000, sparsity_warmup=1000)
 RECIPES = {  # batch size is global, warm-up in steps; with --auto the warm-up is --prune-step, as in the official scripts
     "toy": dict(model="tiny-half", batch_size=128, epochs=2, lr=1e-3, warmup=20, weight_decay=.2, augment="clip", eval="toy",
-                prune_step=192, sparsity_warmup=48, gate_lr=.1),  # ours
+                prune_step=192, sparsity_warmup=48),  # ours
     "small": dict(model="tiny-half", batch_size=256, epochs=20, lr=1e-3, warmup=50, weight_decay=.2, augment="clip",
-                  prune_step=200, sparsity_warmup=50, gate_lr=.1),  # ours
+                  prune_step=200, sparsity_warmup=50),  # ours
     "cc3m": OFFICIAL | dict(batch_size=1024),  # nothing official for cc3m and cc12m
     "cc12m": OFFICIAL,
     "yfcc15m": OFFICIAL,  # README: 63.5 %, there from ViT-B-16
@@ -809,7 +809,7 @@ def parse_args(argv=None):
     add("--auto", type=float, metavar="SPARSITY", help="student: --init, whose heads and channels go until this share of the teacher has gone")
     add("--prune-step", type=positive, help="steps under gates, which are the warm-up too")
     add("--sparsity-warmup", type=positive, help="steps until the whole SPARSITY is asked for")
-    add("--gate-lr", type=float, help="learning rate of gates and multipliers")
+    add("--gate-lr", type=float, default=.02, help="of gates and multipliers; a larger one removes more than was asked for")
     return parser.parse_args(argv)
 
 
@@ -829,7 +829,7 @@ def main(argv=None):
             raise SystemExit("--auto begins with --init as it is and keeps all activations: leave out --init none, --checkpoint-activations, "
                              "--shrink and sizes")
     else:
-        args.prune_step = args.sparsity_warmup = args.gate_lr = None
+        args.prune_step = args.sparsity_warmup = None
     args.teacher = args.teacher or f"runs/clip-{Path(args.data).stem or 'data'}/last.pt"
     teacher, tokenizer, preprocess = TinyCLIP.from_pretrained(args.teacher, "--teacher", args.teacher_quick_gelu)
     args.image_size = args.image_size or preprocess.size

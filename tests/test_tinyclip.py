@@ -528,7 +528,7 @@ def test_recipes_are_complete():
     assert set(tinyclip.RECIPES) == {"toy", "small", "cc3m", "cc12m", "yfcc15m"}
     for recipe in tinyclip.RECIPES.values():
         assert set(recipe) <= set(parsed) and recipe["model"] in tinyclip.MODELS and recipe["augment"] in tinyclip.AUGMENT
-        assert {"batch_size", "epochs", "lr", "warmup", "weight_decay", "prune_step", "sparsity_warmup", "gate_lr"} <= set(recipe)
+        assert {"batch_size", "epochs", "lr", "warmup", "weight_decay", "prune_step", "sparsity_warmup"} <= set(recipe)
 
 
 @pytest.mark.gpu
