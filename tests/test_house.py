@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +67,13 @@ BORROW = {  # how somebody who copied a part would call it
     "Gates": lambda Gates: Gates(128, [2, 2], [512, 512]).sample(),
     "sparsity_loss": lambda f: f(torch.tensor(9.), 10., .5, torch.tensor([1., 1.])),
     "MaskedLayerNorm": lambda MaskedLayerNorm: MaskedLayerNorm(torch.nn.LayerNorm(8))(unit(4, 8)),
-    "shrink": lambda f: f, "prunable": lambda f: f, "prune": lambda f: f, "encode_captions": lambda f: f,  # take a whole model: see their tests
+    "shrink": lambda f: f({"visual.conv1.weight": torch.zeros(128, 3, 4, 4), "visual.proj": torch.zeros(128, 8), "text_projection":
+                           torch.zeros(64, 8), "ln_final.weight": torch.zeros(64), "transformer.resblocks.0.ln_1.weight": torch.zeros(64)}, .5),
+    "prune": lambda f: f({"visual.proj": torch.ones(4, 2), "logit_scale": torch.zeros(())}, *[
+        {"hidden": torch.tensor([1., 0., 1., .5]), "heads": torch.ones(1, 1), "ffn": torch.ones(1, 16)}] * 2),
+    "prunable": lambda f: f({"transformer.resblocks.0.mlp.c_fc.bias": torch.ones(4)}),
+    "encode_captions": lambda f: f(SimpleNamespace(encode_text=lambda t: torch.ones(len(t), 8)), lambda t: torch.zeros(len(t), 4),
+                                   type("", (), {"__len__": lambda s: 3, "captions": lambda s, i: ["a"]})(), torch.device("cpu")),
 }
 
 
