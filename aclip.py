@@ -39,6 +39,9 @@ Where this file does otherwise, by choice.
     - Colours jitter on the device; a flip of another method's --augment is left out, because crops must map onto each other.
     - Batch norm is that of all ranks and both views; it keeps no running statistics, since only training needs it.
 
+Not shown yet: that the masks find the object. After the toy run they keep a quarter of it (random masks: half), at
+initialisation a third; look at masks.png of your run before you trust them.
+
 Sources: Yang et al. 2023 (arXiv 2212.08653) and github.com/microsoft/A-CLIP; SLIP (arXiv 2112.12750), on whose code it stands.
 """
 import argparse
