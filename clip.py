@@ -291,7 +291,7 @@ class CLIP(nn.Module):
         return image_features, text_features, self.logit_scale.exp()
 
 
-ENCODERS = ("visual.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale")
+ENCODERS = "visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale"
 MODELS = {  # sizes from OpenAI and open_clip; 224 pixels and 12 text layers where nothing else is said
     "ViT-B-32": dict(embed_dim=512, patch_size=32, vision_width=768, vision_layers=12, text_width=512),
     "ViT-B-16": dict(embed_dim=512, patch_size=16, vision_width=768, vision_layers=12, text_width=512),
@@ -406,12 +406,14 @@ def load_clip_state(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
         except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
             state = torch.jit.load(path, map_location="cpu").state_dict()
-        state = state.get("model", state.get("state_dict", state))
+        script, state = state.get("script"), state.get("model", state.get("state_dict", state))
         state = {key.removeprefix("module."): value.float() if value.is_floating_point() else value for key, value in state.items()}
         state["text_projection"], state["visual.conv1.weight"]
+        if script == "declip":  # its last token is the mask
+            state["token_embedding.weight"] = state["token_embedding.weight"][:-1]
     except Exception as error:
         raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
-    return {key: value for key, value in state.items() if key.startswith(ENCODERS)}
+    return {key: value for key, value in state.items() if key.split(".")[0] in ENCODERS}
 
 
 def init_distributed():
@@ -424,7 +426,9 @@ def init_distributed():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, *_ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # without what a crashed attempt left in it
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 
 
@@ -526,7 +530,7 @@ def main(argv=None):
     if args.init and not saved:
         state = load_clip_state(args.init)
         if {key: value.shape for key, value in state.items()} != {
-                key: value.shape for key, value in model.state_dict().items() if key.startswith(ENCODERS)}:
+                key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in ENCODERS}:
             raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and {tokenizer.vocab_size} tokens")
         model.load_state_dict(state, strict=False)
     for module in model.modules():

@@ -236,7 +236,9 @@ def test_load_clip_state_formats(tmp_path):
     state = model.state_dict()
     torch.save(state, tmp_path / "plain.pt")
     torch.save({"state_dict": {f"module.{k}": v.half() for k, v in state.items()}}, tmp_path / "open_clip.pt")
-    clip.save_checkpoint(tmp_path / "ours.pt", script="clip", step=1, model=state | {"projector.weight": torch.zeros(2)})
+    clip.save_checkpoint(tmp_path / "ours.pt", script="clip", step=1, model=state | {"projector.weight": torch.zeros(2), "logit_scale_proto": torch.zeros(())})
+    mask = {"token_embedding.weight": torch.cat([state["token_embedding.weight"], torch.zeros(1, SMALL["text_width"])])}
+    clip.save_checkpoint(tmp_path / "declip.pt", script="declip", step=1, model=state | mask)
     archive = nn.Module()  # OpenAI's: TorchScript, fp16, three numbers beside the weights
     for key, value in state.items() | {("input_resolution", torch.tensor(32))}:
         *path, name = key.split(".")
@@ -247,7 +249,7 @@ def test_load_clip_state_formats(tmp_path):
             module = getattr(module, part)
         module.register_buffer(name, value.half() if value.is_floating_point() else value)
     torch.jit.script(archive).save(tmp_path / "openai.pt")
-    for name in ("plain", "open_clip", "ours", "openai"):
+    for name in ("plain", "open_clip", "ours", "declip", "openai"):
         loaded = clip.load_clip_state(tmp_path / f"{name}.pt")
         assert set(loaded) == set(state), name
         assert all(v.dtype == state[k].dtype and (v - state[k]).abs().max() < 2e-3 for k, v in loaded.items()), name
@@ -343,6 +345,21 @@ def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
     expected, found = weights(finished / "last.pt"), weights(tmp_path / "last.pt")
     assert all(torch.equal(expected[k], found[k]) for k in expected)
     assert losses(finished) == losses(tmp_path)
+
+
+def test_torchrun_restarts_after_a_killed_rank(finished, tmp_path):
+    """--max-restarts: kill -9 of one of two ranks; the second attempt resumes and ends as one process does without a kill."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", str(ROOT / "clip.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command + RUN + ["--out", str(tmp_path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 8):
+        time.sleep(.02)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "clip.py"], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "resumed at step 6" in output, output
+    assert losses(tmp_path) == pytest.approx(losses(finished), abs=1e-4)
 
 
 def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
