@@ -4,7 +4,8 @@ The idea. A pair holds more than "this picture, this caption". Each picture is c
 written twice (some words masked; two words swapped, some dropped or one replaced), and the views teach each other: all four
 combinations of a picture and a text are contrasted (MVS); each crop predicts the feature of the other crop (SimSiam); the
 text tower guesses the masked words (MLM); and a picture is also to match the caption most similar to its own among recent
-ones, which lie in a queue, for captions of other pictures describe it too (NNS). Only the two towers are kept for use.
+ones, which lie in a queue, for captions of other pictures describe it too (NNS). Only the two towers are kept for use; there
+is no teacher and no momentum encoder.
 
 The loss. Unit rows x_k of the two crops, y_v of the masked and the edited caption, n_v the row of the queue nearest to y_v:
 
@@ -25,7 +26,7 @@ What it brought (paper; RN50 on CC3M, ImageNet): CLIP 20.6 %, with MVS 24.8, wit
 came with stronger augmentation: the baseline that has it too is clip.py --augment declip.
 
 The cost. Twice CLIP, for each tower runs twice; heads, queue and masked words add 2 % (ViT-B-32). The released code guesses
-words at all 77 positions, masked or not: a quarter of CLIP more, and 4 GB for 128 pairs.
+words at all 77 positions, masked or not: a quarter of CLIP more, and 6 GB for 128 pairs instead of .3.
 
 How to run.
     python declip.py                                                      drawn toy data, any machine, minutes
@@ -200,8 +201,8 @@ def simsiam_loss(p1, p2, z1, z2):
 
 
 class SimSiam(nn.Module):
-    """Projector and predictor: x [B, D] -> p, z [B, hidden]. Sizes of the released prototype/model/declip.py. Batch norm has
-    the statistics of this rank and of one view, so call it once for each view."""
+    """Projector and predictor: x [B, D], the image tower's output, not of unit norm -> p, z [B, hidden]. Sizes of the released
+    prototype/model/declip.py. Batch norm has the statistics of this rank and of one view, so call it once for each view."""
 
     def __init__(self, dim, hidden=1024, bottleneck=512):
         super().__init__()
@@ -235,7 +236,7 @@ def mask_tokens(tokens, eot, mask_id, vocab, p=.15, generator=None):
 
 def pack_labels(labels, length):
     """The labels [B, L] of mask_tokens that count, on the host, so that the head reads no other positions: places [M] in the
-    flattened [B, length], which holds them all, and targets [M]; M is made a multiple of B by targets of -100."""
+    flattened [B, length], which holds them all, and targets [M]; targets of -100 make M a multiple of B: few shapes."""
     row, column = (labels != -100).nonzero(as_tuple=True)
     padding = 0, -len(row) % len(labels)
     return F.pad(row * length + column, padding), F.pad(labels[row, column], padding, value=-100)
@@ -572,9 +573,10 @@ def neighbor_picture(path, model, tokenizer, dataset, queue, count=8):
     images, tokens, eot = (samples[name].to(device).flatten(0, 1) for name in ("images", "tokens", "eot"))  # [2 count, ...]
     if "colors" in samples:
         images = (data.augment(images, samples["colors"].to(device).flatten(0, 1)) * 255).byte()
-    mask = tokenizer.encode("___")
-    lines = [tokenizer.decode(sum(([i] if i < tokenizer.vocab_size else mask for i in row[1:end]), []))
-             for row, end in zip(tokens.tolist(), eot.tolist())]
+    lines = []
+    for row, end in zip(tokens.tolist(), eot.tolist()):
+        words = [[i] if i < tokenizer.vocab_size else tokenizer.encode("___") for i in row[1:end]]
+        lines.append(tokenizer.decode(sum(words, [])))
     if queue:
         model.eval()
         with torch.inference_mode():
