@@ -212,8 +212,7 @@ def update_ema(ema, online, momentum):
     """ema <- momentum * ema + (1 - momentum) * online, in place, for all parameters of two modules built alike. momentum: float
     or tensor without dimensions (no host sync). 1 leaves ema as it is, 0 copies."""
     for old, new in zip(ema.parameters(), online.parameters(), strict=True):
-        weight = 1 - momentum
-        old.lerp_(new, weight.to(old.dtype) if torch.is_tensor(weight) else weight)
+        old.lerp_(new, (1 - momentum).to(old.dtype) if torch.is_tensor(momentum) else 1 - momentum)
 
 
 # encoders: OpenAI's towers under open_clip's parameter names
@@ -302,13 +301,15 @@ class MaskedVisionTransformer(VisionTransformer):
     """A ViT that can run on some of its patches, and tell where its class token looks."""
 
     def embed(self, images):
-        """As VisionTransformer.embed; where the number of patches is not the model's, positions are interpolated (bilinear)."""
-        patches, table = self.conv1(images), self.positional_embedding[1:].T  # [n, C, g, g], [C, P]
-        if patches[0, 0].numel() == table.shape[1]:
+        """As VisionTransformer.embed; for pictures of another size than the model's, positions are interpolated (bilinear)."""
+        grid, own = images.shape[-1] // self.conv1.kernel_size[0], math.isqrt(len(self.positional_embedding) - 1)
+        if grid == own:
             return super().embed(images)
-        table = F.interpolate(table.unflatten(1, (math.isqrt(table.shape[1]), -1))[None], patches.shape[2:], mode="bilinear")
-        tokens = torch.cat([self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1), patches.flatten(2).transpose(1, 2)], 1)
-        return self.ln_pre(tokens + torch.cat([self.positional_embedding[:1], table[0].flatten(1).T]))
+        table = self.positional_embedding[1:].T.unflatten(1, (own, own))[None]  # [1, C, own, own]
+        positions = F.interpolate(table, (grid, grid), mode="bilinear")[0].flatten(1).T  # [P, C]
+        patches = self.conv1(images).flatten(2).transpose(1, 2)  # [n, P, C]
+        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        return self.ln_pre(torch.cat([class_token, patches], 1) + torch.cat([self.positional_embedding[:1], positions]))
 
     def class_token(self, images, keep=None):
         """[n, 3, S, S] -> the class token before its projection [n, C]. keep [n, k]: the patches that enter the first block, each
@@ -332,6 +333,9 @@ class MaskedVisionTransformer(VisionTransformer):
             score = score + logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1).mean(1)[:, 1:]
             x = block(x)
         return self.ln_post(x[:, 0]), score / len(self.transformer.resblocks)
+
+
+ModifiedResNet = None  # CLIP's constructor names it; A-CLIP has none, since a ResNet has no patches to drop
 
 
 class CLIP(nn.Module):
@@ -383,11 +387,11 @@ class ACLIP(CLIP):
     """CLIP whose image tower can drop patches, with the heads of SimCLR and BYOL on its class token (none if ssl_mlp_dim is 0).
     The projection of the patches stays as it was drawn (MoCo v3)."""
 
-    def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, *args, ssl_mlp_dim=4096, **kwargs):
-        super().__init__(embed_dim, image_size, patch_size, vision_width, vision_layers, *args, **kwargs)
-        self.visual = MaskedVisionTransformer(embed_dim, image_size, patch_size, vision_width, vision_layers, kwargs.get("quick_gelu", False))
+    def __init__(self, *args, ssl_mlp_dim=4096, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.visual.__class__ = MaskedVisionTransformer  # the tower that CLIP drew, with more methods
         self.visual.conv1.requires_grad_(False)
-        C, H = vision_width, ssl_mlp_dim
+        C, H = len(self.visual.class_embedding), ssl_mlp_dim
         if H:
             self.simclr = nn.Sequential(nn.Linear(C, H), SyncBatchNorm(H), nn.ReLU(), nn.Linear(H, H), SyncBatchNorm(H), nn.ReLU(),
                                         nn.Linear(H, 256))
@@ -565,13 +569,18 @@ def init_distributed():
 # recipes and flags
 
 RECIPES = {  # batch size is global, warm-up in steps
-    # ours; colours are what the captions of toy name, so they stay
-    "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", ssl_mlp_dim=512, eval="toy"),
-    "small": dict(model="tiny-4", batch_size=256, epochs=20, lr=1e-3, warmup=200, weight_decay=.1, augment="aclip", ssl_mlp_dim=512),  # ours
+    # ours; colours are what the captions of toy name, so they stay; an average that follows within the few hundred steps
+    "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", ssl_mlp_dim=512,
+                ema_momentum=.9, eval="toy"),
+    "small": dict(model="tiny-4", batch_size=256, epochs=20, lr=1e-3, warmup=200, weight_decay=.1, augment="aclip", ssl_mlp_dim=512,
+                  ema_momentum=.9),  # ours
     # A-CLIP's README command for YFCC15M, 43.9 %; its code trains nothing else: epochs of CC3M and CC12M are SLIP's
-    "cc3m": dict(model="ViT-B-16", batch_size=4096, epochs=40, lr=5e-4, warmup=700, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096),
-    "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096),
-    "yfcc15m": dict(model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096),
+    "cc3m": dict(model="ViT-B-16", batch_size=4096, epochs=40, lr=5e-4, warmup=700, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096,
+                 ema_momentum=.996),
+    "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096,
+                  ema_momentum=.996),
+    "yfcc15m": dict(model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096,
+                    ema_momentum=.996),
 }
 
 
@@ -616,6 +625,7 @@ def parse_args(argv=None):
     add("--views", type=int, choices=(1, 2), default=2, help="masked views of a picture")
     add("--ssl", type=int, choices=(0, 1), default=1, help="1: SimCLR between the views, BYOL from each to the EMA tower")
     add("--ssl-mlp-dim", type=positive, help="hidden width of the heads of these two losses")
+    add("--ema-momentum", type=float, help="share of itself that the average keeps in the first step; it rises to 1 (half a cosine)")
     add("--ema-size", type=positive, help="side of the EMA tower's pictures (default: --image-size; half of it is A-CLIP-eff)")
     return parser.parse_args(argv)
 
@@ -788,7 +798,7 @@ def main(argv=None):
                     buffer.copy_(buffer.where(good, before))
                 model.logit_scale.clamp_(0, math.log(100))  # the parameter: clamping its exp would end its gradient at the bound
             step += 1
-            update_ema(ema, model, torch.where(good, lr_at(step, total, 0, .996, end=1.), 1.))  # before its next forward pass
+            update_ema(ema, model, torch.where(good, lr_at(step, total, 0, args.ema_momentum, end=1.), 1.))  # before its next forward pass
 
             # the host looks at the device only here
             sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them

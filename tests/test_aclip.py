@@ -228,6 +228,21 @@ def test_masked_tower():
     assert (visual.class_token(images * mask, keep) - visual.class_token(images * mask)).abs().max() > 1e-3
 
 
+def test_same_start_as_clip():
+    """Comparisons begin at clip.py's weights; the patches' projection is computed once a pass."""
+    towers = []
+    for cls in (aclip.CLIP, aclip.ACLIP):
+        torch.manual_seed(0)
+        towers.append(cls(**(SMALL | dict(quick_gelu=True))))
+    ours = towers[1].state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in towers[0].state_dict().items())
+    images, calls = torch.rand(2, 3, 32, 32), []
+    assert torch.equal(towers[1].encode_image(images), towers[0].encode_image(images))  # QuickGELU too
+    towers[1].visual.conv1.register_forward_hook(lambda *_: calls.append(1))
+    towers[1].visual.class_token(images)
+    assert calls == [1]
+
+
 def full_attention(visual, images):
     """The score by PyTorch's own attention with all its weights; and the class token."""
     x, score = visual.embed(images), 0
@@ -475,11 +490,11 @@ def test_step_of_main_is_the_definition(tmp_path, monkeypatch):
     seen, clip_loss = [], aclip.clip_loss  # the weights in each step
     monkeypatch.setattr(aclip, "clip_loss", lambda *a: seen.append(copy.deepcopy(models[0])) or clip_loss(*a))
     aclip.main(RUN + ["--limit", "24", "--batch-size", "8", "--epochs", "1", "--warmup", "0", "--lr", "1e-2", "--out", str(tmp_path),
-                      "--augment", "aclip"])
+                      "--augment", "aclip", "--ema-momentum", ".6"])
     ema, normalize = copy.deepcopy(seen[0]).double(), data.Preprocess(32).normalize
     for t, (row, batch) in enumerate(zip(rows(tmp_path), batches)):
         model = seen[2 * t].double()
-        aclip.update_ema(ema, model, 1 + .5 * (.996 - 1) * (1 + math.cos(math.pi * t / 3)))
+        aclip.update_ema(ema, model, 1 + .5 * (.6 - 1) * (1 + math.cos(math.pi * t / 3)))
         views = [normalize(data.augment(batch["images"][:, v], batch["colors"][:, v])).double() for v in (0, 1)]
         expected = slow_step(model, ema, *views, normalize(batch["ema_images"]).double(), batch["boxes"], batch["tokens"])
         for name, value in zip(("clip", "ntxent", "byol"), expected):
@@ -529,7 +544,8 @@ def test_recipes_are_complete():
     assert set(aclip.RECIPES) == {"toy", "small", "cc3m", "cc12m", "yfcc15m"}
     for recipe in aclip.RECIPES.values():
         assert set(recipe) <= set(parsed) and recipe["model"] in aclip.MODELS and recipe["augment"] in aclip.AUGMENT
-        assert {"model", "batch_size", "epochs", "lr", "warmup", "weight_decay", "ssl_mlp_dim"} <= set(recipe)
+        assert {"model", "batch_size", "epochs", "lr", "warmup", "weight_decay", "ssl_mlp_dim", "ema_momentum"} <= set(recipe)
+        assert recipe["ema_momentum"] == (.996 if recipe["model"] == "ViT-B-16" else .9)
 
 
 @pytest.mark.gpu
