@@ -1,23 +1,27 @@
 """ProtoCLIP: CLIP that also groups; prototypes of one modality, found by K-means, teach the other modality its groups.
 
 The idea. CLIP pushes every picture away from every caption but its own, also where both show a dog. ProtoCLIP adds a
-task above the level of single pairs. Training goes in episodes of m pairs. Before each, the features of all m pairs are
-extracted and grouped by K-means into K prototypes a modality. Then each picture is taught to recognise the group of its
-*caption*, and each caption the group of its *picture*. Groups are handed over without asking the modalities to lie in
-one place ("prototypical back translation"): a picture is not scored against the prototypes of captions, but against the
-mean of the pictures whose captions share a group. A third grouping may come from outside, such as a language model's
-features of the captions, which need not have anything to do with the model's own space.
+task above the level of single pairs. Training goes in episodes of m pairs, far shorter than an epoch, so that groups stay
+fresh however large the data are. Before each, the features of its m pairs are extracted (model in eval mode, pictures in
+random crops of their own) and K-means makes K = m / 10 prototypes of each modality. Then each picture is taught to recognise
+the group of its *caption*, and each caption the group of its *picture*. Groups are handed over without asking the modalities
+to lie in one place ("prototypical back translation"): a picture is not scored against the prototypes of captions, but
+against the mean of the pictures whose captions share a group. So a third grouping can come from a space of its own, such as
+a language model's features of the captions.
 
-The loss. z is a tower's output, x = z / |z| as in CLIP, and h = g(z) / |g(z)| behind a head g. Of teacher modality y for
-student x: t the labels, C the centroids (not of unit norm), tau = --target-temperature. r is a learned scale of its own.
+The loss. z is a tower's output, x = z / |z| as in CLIP, and h = g(z) / |g(z)| behind a head g, which serves training alone.
+Of teacher modality y for student x: t the labels, C the centroids (plain means, not of unit norm), tau = --target-temperature.
+r is a learned scale of its own, beside CLIP's s.
 
-    D_k = mean of the student's h_i with t_i = k         T = softmax(C C' / tau) D   (T = D for the external teacher)
+    D_k = mean of the student's h_i with t_i = k         T = softmax(C C' / tau) D   (T = D for the external teacher: hard)
     P(h, D, T, t) = mean_i [ log sum_k exp(r <h_i, D_k>)  -  r <h_i, T_(t_i)> ]
     L = L_clip + 1/2 [ P(image; text) + P(text; image) ] + 1/2 [ P(image; external) + P(text; external) ]
 
 which is the paper's cross-entropy with the soft targets softmax(C_t C' / tau), for a cross-entropy is linear in its target;
-so no step needs the K x K similarities. D, T and t are constants of an episode. P is a mean over samples against
-constants: W ranks need no gather for it, and DDP's mean is exact. In the first episode L = L_clip.
+so no step needs the K x K similarities. A target is a function of the label alone, and at tau = .01 nearly one-hot, but for
+groups that lie close together. D, T and t are constants of an episode: the gradient goes through h and r alone, there is no
+momentum encoder and no queue. P is a mean over samples against constants: W ranks need no gather for it, and DDP's mean is
+exact. In the first episode L = L_clip: what an untrained model groups means nothing yet.
 
 The cost. One more forward pass over each pair (+33 %), and a second reading of it; K-means +1 %, the losses below +1 %.
 
@@ -33,14 +37,19 @@ with transformers' roberta-large: last_hidden_state of each caption, cut to 77 i
 the padding, with id 0; leaving it out is saner), rows to unit norm, PCA to 64 dimensions without whitening. "captions" in
 place of a file makes one of the captions alone: TF-IDF, which is ours and not the paper's; it stays in --out.
 
+What to expect (authors' README, RN50, 2.5 M pairs of CC3M): zero-shot ImageNet 21.47 % (CLIP 19.46), linear probe 55.22
+(49.41), COCO retrieval 35.69 (36.48). But their CLIP was augmented less, and their probe reads the training set in order of
+class and reports the best of 100 accuracies on the test set.
+
 Where paper, released code and this file part. The body of the paper was not at hand: this follows the released code, but
     - gradients are those of the whole batch; theirs are divided by W in towers and heads, so that --clip-grad bites W times
       earlier here (the log has grad_norm);
-    - an episode's sample is a function of (seed, episode); theirs is lost on resume, and ranks may disagree on it. It is
-      whole batches (theirs groups an incomplete last one, but does not train on it), and not grouped where nothing needs it;
-    - K-means runs on all ranks, which exchange sums; the rules are faiss's, the random choices our own. The best restart is
-      that of the best final objective (theirs: one Lloyd step before);
-    - no "locked image" in the last two episodes: it has no effect at their settings;
+    - an episode's sample is a function of (seed, episode); theirs is lost on resume, ranks disagree on it after each of its
+      t-SNE pictures (external labels of other samples), and a clustering every second episode meets labels of other samples.
+      It is whole batches (theirs groups an incomplete last one, but does not train on it);
+    - K-means runs on all ranks, which exchange sums (theirs: on one, results through files, so one machine); the rules are
+      faiss's, the random choices our own; the best restart is that of the best final objective (theirs: one step before);
+    - no "locked image" in the last two episodes: it has no effect at their settings. Prototypes are on by default;
     - towers are ours (GELU for QuickGELU), long captions keep their end token, the blur is at the scale of the picture;
     - a bad step leaves no trace in the running statistics of batch norms, with which features are extracted.
 Batch norm, in heads too, uses the statistics of its own rank, and rank 0's running ones, as theirs does.
@@ -120,6 +129,7 @@ def sample_episode(seed, episode, size, length):
     return torch.randint(length, (size,), generator=generator)
 
 
+@torch.no_grad()
 def kmeans(x, k, iters=20, restarts=3, seed=0):
     """Lloyd's algorithm under the rules of faiss.Kmeans, which the released code calls (training/clustering.py): Euclidean,
     centroids are plain means; an empty cluster takes half of another, chosen by its size; the best of some restarts.
@@ -131,7 +141,7 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     parallel = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-    split = 1 + torch.arange(x.shape[1], device=x.device) % 2 * -2  # 1, -1, 1, ...
+    split = (1 - torch.arange(x.shape[1], device=x.device) % 2 * 2) / 1024  # 1, -1, 1, ... of these
 
     def total(sums):
         if parallel:
@@ -139,11 +149,10 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
         return sums
 
     def nearest(centroids):  # -> labels [n], squared distances [n]
-        found = []
-        for rows in x.split(4096):
-            label = torch.addmm(centroids.square().sum(1), rows, centroids.T, alpha=-2).argmin(1)
-            found.append((label, (rows - centroids[label]).square().sum(1)))
-        return map(torch.cat, zip(*found))
+        norms = centroids.square().sum(1)
+        with torch.autocast(x.device.type, enabled=False):  # |x|^2 is the same for all centroids
+            labels = torch.cat([torch.addmm(norms, rows, centroids.T, alpha=-2).argmin(1) for rows in x.split(4096)])
+        return labels, (x - centroids[labels]).square().sum(1)
 
     rows = int(total(torch.tensor(len(x), device=x.device)))
     if k > rows:
@@ -151,7 +160,7 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
     best = None
     for restart in range(restarts):
         generator = torch.Generator().manual_seed(seed + restart)  # the same on all ranks
-        picked = torch.randperm(rows, generator=generator)[:k].to(x.device)
+        picked = torch.randperm(rows, generator=generator)[:k].to(x.device)  # rows to start from; row p is p // W of rank p % W
         centroids, mine, last = x.new_zeros(k, x.shape[1]), picked % world == rank, None
         centroids[mine] = x[picked[mine] // world]
         total(centroids)
@@ -160,16 +169,16 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
             sums = torch.cat([x, x.new_ones(len(x), 1), distances[:, None]], 1).double()
             sums = total(sums.new_zeros(k, sums.shape[1]).index_add_(0, labels, sums))  # [k, d+2]
             count, objective = sums[:, -2], sums[:, -1].sum().item()
-            if objective == last:
+            if objective == last:  # no label has changed
                 break
             last, centroids = objective, (sums[:, :-2] / count.clamp(min=1)[:, None]).to(x.dtype)
             empty = (count == 0).nonzero()[:, 0]
-            if len(empty):
+            if len(empty):  # copies of large clusters' centroids, a little apart
                 spare = (count - 1).clamp(min=0).cpu()
                 few = int((spare > 0).sum()) < len(empty)
                 donors = torch.multinomial(spare, len(empty), replacement=few, generator=generator).to(x.device)
-                centroids[empty] = centroids[donors] * (1 + split / 1024)
-                centroids[donors] = centroids[donors] * (1 - split / 1024)
+                centroids[empty] = centroids[donors] * (1 + split)
+                centroids[donors] = centroids[donors] * (1 - split)
         labels, distances = nearest(centroids)
         objective = total(distances.double().sum()).item()
         if best is None or objective < best[2]:
@@ -177,6 +186,7 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
     return best
 
 
+@torch.no_grad()
 def cluster_means(x, labels, k):
     """Prototypical back translation: the mean of a student's rows under a teacher's labels (released code: training/clustering.py).
 
@@ -191,6 +201,7 @@ def cluster_means(x, labels, k):
     return (sums[:, :-1] / sums[:, -1:].clamp(min=1)).to(x.dtype)
 
 
+@torch.no_grad()
 def expected_target(teacher_centroids, student_centroids, temperature):
     """What a sample of each teacher's cluster is to look like on average: the student's centroids, weighted by the similarity
     of the teacher's, softmax(C C' / temperature) D (released code: training/loss.py, where it is made anew each step).
@@ -521,20 +532,21 @@ def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
 
 
 def prototype_picture(path, dataset, samples, labels, k, size, rows=12, members=5):
-    """Writes a row for each of the largest prototypes: the sizes of all k, largest first, its own in red; members with captions.
+    """Writes a row for each of the largest prototypes: the sizes of all k, with a red line at its own, and members with captions.
 
     samples: number of the sample at each place of the episode [m]; labels: its prototype [m]; both on the CPU.
     """
     counts, order = labels.bincount(minlength=k).sort(descending=True)
-    height = size - 1 - (counts[torch.arange(size) * k // size] / counts[0] * (size - 1)).long()  # of the bars, from the top
+    bars = torch.full((3, size, size), 255, dtype=torch.uint8)
+    for column, count in enumerate(counts[torch.arange(size) * k // size].tolist()):
+        bars[:, size - math.ceil(size * count / counts[0].item()):, column] = 150
     images, captions = [], []
     for place, prototype in enumerate(order[:rows].tolist()):
-        bars = torch.where(torch.arange(size)[:, None] < height, 255, 150).expand(3, -1, -1).to(torch.uint8).clone()
-        own = slice(place * size // k, max(place * size // k + 1, (place + 1) * size // k))
-        bars[:, :, own] = torch.where(bars[:, :, own] < 255, torch.tensor([220, 0, 0])[:, None, None], 255).to(torch.uint8)
+        marked = bars.clone()
+        marked[1:, :, place * size // k] = 0  # leaves the red
         found = samples[labels == prototype].unique()[:members].tolist()
         found = (found * members)[:members]  # a prototype of few samples shows them again
-        images += [bars] + [data.center_crop(dataset.image(i), size) for i in found]
+        images += [marked] + [data.center_crop(dataset.image(i), size) for i in found]
         captions += [f"prototype {prototype}: {counts[place]} of {len(labels)}"] + [dataset.captions(i)[0] for i in found]
     data.grid(images, captions, path, columns=1 + members)
 
@@ -698,13 +710,13 @@ def main(argv=None):
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks")
     batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
+    epoch = len(batches)  # steps of one
     args.episode_size = min(args.episode_size, len(dataset)) // args.batch_size * args.batch_size
     args.prototypes = min(args.prototypes, args.episode_size // 10)
     if not args.prototypes:
         raise SystemExit(f"--episode-size: {args.episode_size} pairs, in whole batches of {args.batch_size}, are too few for a prototype")
-    batches.indices = sample_episode(args.seed, 0, args.episode_size, len(dataset))
-    steps = len(batches)  # of an episode
-    episodes = max(1, round(args.epochs * len(dataset) / args.episode_size))
+    steps = args.episode_size // args.batch_size  # of an episode
+    episodes = max(1, round(args.epochs * epoch / steps))
     total = steps * episodes
     if not steps or args.warmup >= total:
         raise SystemExit(f"{len(dataset)} pairs make {total} steps in {args.epochs} epochs of batches of {args.batch_size}: too few "
@@ -741,30 +753,32 @@ def main(argv=None):
             module.checkpoint_activations = args.checkpoint_activations
     if args.model == "RN50":
         model.visual.to(memory_format=torch.channels_last)
-    betas, eps = ((.9, .999), 1e-8) if args.model == "RN50" else ((.9, .98), 1e-6)
+    betas, eps = ((.9, .999), 1e-8) if args.model == "RN50" else ((.9, .98), 1e-6)  # the authors', OpenAI's for ViTs
     groups = param_groups(model, args.weight_decay, no_decay=("image_head.", "text_head."))
     optimizer = torch.optim.AdamW(groups, args.lr, betas=betas, eps=eps, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     step, best, failed, bad = 0, -1., 0, 0
-    teacher = None
-    if args.teacher_features:
-        path = out / "teacher.npy" if args.teacher_features == "captions" else Path(args.teacher_features)
-        if args.teacher_features == "captions" and rank == 0 and not (saved and path.exists()):
+    teacher, path = None, args.teacher_features
+    if path == "captions":
+        path = out / "teacher.npy"
+        if rank == 0 and not (saved and path.exists()):
             out.mkdir(parents=True, exist_ok=True)
-            texts = (" ".join(dataset.captions(i)) for i in range(len(dataset)))
-            np.save(out / "tmp.npy", caption_features([tokenizer.encode(text) for text in texts], tokenizer.vocab_size).numpy())
+            ids = [tokenizer.encode(" ".join(dataset.captions(i))) for i in range(len(dataset))]
+            np.save(out / "tmp.npy", caption_features(ids, tokenizer.vocab_size).numpy())
             os.replace(out / "tmp.npy", path)
         if world > 1:
             dist.barrier()
+    if path:
         try:
             teacher = np.load(path, mmap_mode="r", allow_pickle=False)
-            if teacher.ndim != 2 or len(teacher) != len(dataset):
-                raise ValueError(f"it holds {list(teacher.shape)}")
+            if np.ndim(teacher) != 2 or len(teacher) != len(dataset):
+                raise ValueError(f"it holds {list(np.shape(teacher))}")
         except (OSError, ValueError, EOFError) as error:
             raise SystemExit(f"--teacher-features {path} is no .npy of {len(dataset)} rows, one for each pair in use: {error}") from None
-    # constants of an episode; zeros, to begin with, give ln K and no gradient. Terms: image by text, text by image, both by the teacher
-    prototypes = torch.zeros(2 if teacher is None else 4, 2, args.prototypes, args.proj_dim, device=device)  # D and T of each term
-    labels = torch.zeros(len(prototypes), args.episode_size, dtype=torch.int64, device=device)  # by place in the episode
+    # the constants of an episode, of each term: image by text, text by image, image and text by the external teacher
+    terms = 2 if teacher is None else 4
+    prototypes = torch.zeros(terms, 2, args.prototypes, args.proj_dim, device=device)  # D and T; zeros give ln K and no gradient
+    labels = torch.zeros(terms, args.episode_size, dtype=torch.int64, device=device)  # by place in the episode: samples repeat
     samples = torch.zeros(args.episode_size, dtype=torch.int64, device=device)  # number in the data set, by place
     if saved:
         model.load_state_dict(saved["model"])
@@ -821,8 +835,8 @@ def main(argv=None):
         return results
 
     def find_prototypes():
-        """Groups the features of an episode -> prototypes, labels, samples, on all ranks the same."""
-        start, rows, k = time.perf_counter(), [], args.prototypes
+        """Groups the samples of an episode -> prototypes, labels, samples, the same on all ranks."""
+        start, rows, k, tau = time.perf_counter(), [], args.prototypes, args.target_temperature
         bar.set_postfix_str("extracting features")
         model.eval()
         with torch.no_grad():
@@ -835,23 +849,27 @@ def main(argv=None):
                 rows.append([gather(x)[rank::world] for x in (*h, batch["index"].to(device))])  # rank, rank + W, ... of the episode
         model.train()
         h_image, h_text, index = map(torch.cat, zip(*rows))  # [m/W, d], [m/W, d], [m/W]
-        h_image, h_text = (h.nan_to_num(0, 0, 0) for h in (h_image, h_text))
+        h_image, h_text = h_image.nan_to_num(0, 0, 0), h_text.nan_to_num(0, 0, 0)
         extracted = time.perf_counter()
         with evaluator.full_fp32():
             cluster = partial(kmeans, k=k, iters=args.kmeans_iters, restarts=args.kmeans_restarts, seed=args.seed)
-            (by_image, C_image, image_objective), (by_text, C_text, text_objective) = cluster(h_image), cluster(h_text)
-            D_image, D_text = cluster_means(h_image, by_text, k), cluster_means(h_text, by_image, k)
-            found = [(D_image, expected_target(C_text, D_image, args.target_temperature), by_text),
-                     (D_text, expected_target(C_image, D_text, args.target_temperature), by_image)]
+            by_image, C_image, image_objective = cluster(h_image)
+            by_text, C_text, text_objective = cluster(h_text)
+            taught = [(h_image, by_text, C_text, tau), (h_text, by_image, C_image, tau)]  # student, teacher
             if teacher is not None:
-                by_teacher, *_ = cluster(torch.from_numpy(teacher[index.cpu().numpy()]).float().nan_to_num(0, 0, 0).to(device))
-                found += [(D, D, by_teacher) for D in (cluster_means(h, by_teacher, k) for h in (h_image, h_text))]
-        D, T, t = map(torch.stack, zip(*found))
-        places = gather(torch.cat([t, index[None]]).T)  # [m, terms + 1], rank-major; then in the order of training
-        *t, index = places.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1).T.contiguous()
+                features = torch.from_numpy(teacher[index.cpu().numpy()]).to(device, torch.float32)
+                by_teacher, C_teacher, _ = cluster(features.nan_to_num(0, 0, 0))
+                taught += [(h_image, by_teacher, C_teacher, 0), (h_text, by_teacher, C_teacher, 0)]  # hard targets
+            found = []
+            for h, t, C, temperature in taught:
+                D = cluster_means(h, t, k)
+                found.append(torch.stack([D, expected_target(C, D, temperature)]))
+        places = gather(torch.stack([*(t for _, t, _, _ in taught), index], 1))  # [m, terms + 1], rank-major
+        *t, index = places.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1).T.contiguous()  # in the order of training
+        # the row belongs to the step that follows: a run that resumes here cuts it and writes it again
         log(step=step + 1, episode=episode, extract_seconds=extracted - start, cluster_seconds=time.perf_counter() - extracted,
             image_objective=image_objective / len(index), text_objective=text_objective / len(index))
-        return torch.stack([D, T], 1), torch.stack(t), index
+        return torch.stack(found), torch.stack(t), index
 
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -862,9 +880,10 @@ def main(argv=None):
     bad_in_a_row, results = 0, None
     for episode in range(step // steps, episodes):
         batches.epoch, batches.indices = episode, sample_episode(args.seed, episode, args.episode_size, len(dataset))
-        w_proto, w_teacher = (args.w_proto, args.w_teacher if teacher is not None else 0.) if episode >= args.warmup_episodes else (0., 0.)
+        warm = episode >= args.warmup_episodes
+        w_proto, w_teacher = warm * args.w_proto, warm * args.w_teacher * (teacher is not None)
         if step % steps == 0 and (w_proto or w_teacher):
-            batches.start, batches.stream = 0, 1  # other crops of the same samples, in the same order
+            batches.start, batches.stream = 0, 1  # the same samples in the same order, in crops of their own
             prototypes, labels, samples = find_prototypes()
             start = time.perf_counter()
         batches.start, batches.stream, tick = step % steps, 0, time.perf_counter()
@@ -876,13 +895,16 @@ def main(argv=None):
                 images = data.augment(images, batch["colors"].to(device, non_blocking=True))
             statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                image_features, text_features, *rows, logit_scale, proto_scale = parallel(preprocess.normalize(images), tokens)
+                image_features, text_features, h_image, h_text, logit_scale, r = parallel(preprocess.normalize(images), tokens)
             first = step % steps * args.batch_size + rank * len(images)  # place of this batch in the episode
-            P = [proto_loss(h, D, T, t[first:first + len(images)], proto_scale) for h, (D, T), t in zip(rows * 2, prototypes, labels)]
+            t = labels[:, first:first + len(images)]  # [terms, B]
             clip = clip_loss(image_features, text_features, logit_scale)
-            proto, external = sum(P[:2]) / 2, sum(P[2:]) / 2
+            proto = (proto_loss(h_image, *prototypes[0], t[0], r) + proto_loss(h_text, *prototypes[1], t[1], r)) / 2
+            external = torch.zeros_like(clip)
+            if teacher is not None:
+                external = (proto_loss(h_image, *prototypes[2], t[2], r) + proto_loss(h_text, *prototypes[3], t[3], r)) / 2
             loss = clip + w_proto * proto + w_teacher * external
-            losses = {"loss": loss, "clip": clip, "proto": proto} | ({"external": external} if P[2:] else {})
+            losses = {"loss": loss, "clip": clip, "proto": proto, "external": external}
 
             # the step; where the gradient (of all ranks, DDP has averaged it) is not finite, everything stays as it was
             for group in optimizer.param_groups:
@@ -918,7 +940,7 @@ def main(argv=None):
                 speed = count * args.batch_size / (time.perf_counter() - start)
                 memory = {"memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
                 log(episode=episode, **means, lr=group["lr"], logit_scale=logit_scale.item(), pairs_per_second=speed, waited=waits,
-                    skipped=failed, bad_steps=bad, **memory)
+                    skipped=failed, bad_steps=bad, logit_scale_proto=r.item(), **memory)
                 bar.set_postfix_str(f"loss {means['loss'] or math.nan:.3f}, {speed:.0f} pairs/s")
                 bar.update(step - bar.n)
                 data.check_skipped(failed, step * args.batch_size)
@@ -933,8 +955,8 @@ def main(argv=None):
             if step % 1000 == 0 and step % steps:
                 save("last.pt")
             tick = time.perf_counter()
-        pairs = args.eval_every * len(dataset)  # between evaluations
-        if (episode + 1) * args.episode_size // pairs > episode * args.episode_size // pairs or step == total:
+        every = args.eval_every * epoch  # steps between evaluations
+        if step // every > (step - steps) // every or step == total:
             results = evaluate()
             log(eval=results)
             score = sum(r[r["metric"]] for r in results.values())

@@ -96,6 +96,18 @@ def test_kmeans_in_half_precision_counts_in_fp32():
     labels, centroids, _ = protoclip.kmeans(x.bfloat16(), 4)
     assert centroids.dtype == torch.float32 and len(labels.unique()) == 4
     assert protoclip.kmeans(x, 4)[1].dtype == torch.float64
+    x = unit(300, 32).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = protoclip.kmeans(x, 30)
+    assert torch.equal(found[0], protoclip.kmeans(x, 30)[0])  # its products are no bf16 either
+
+
+def test_what_is_made_of_features_is_constant():
+    x = unit(40, 6).requires_grad_()
+    labels, centroids, objective = protoclip.kmeans(x, 5)
+    means = protoclip.cluster_means(x, labels, 5)
+    assert not any(y.requires_grad for y in (centroids, means, protoclip.expected_target(x[:5], x[5:10], .1)))
+    assert type(objective) is float
 
 
 # back translation, targets, the loss
@@ -429,6 +441,12 @@ def test_an_episode_is_its_definition(tmp_path, monkeypatch):
         assert torch.equal(t, labels[row, 48:])
         C = (C_t, C_i)[row].double() if row < 2 else 100 * torch.eye(6, dtype=torch.float64)  # as good as hard
         assert loss == pytest.approx(slow_proto_loss(h.double(), D.double(), C, t, .1, scale.double()).item(), abs=1e-5)
+
+
+def test_epochs_are_as_long_as_clips(tmp_path):
+    """31 pairs are one batch of 16 an epoch, so one episode: the pairs that are left over do not make a further one."""
+    protoclip.main(RUN + ["--limit", "31", "--epochs", "2", "--warmup", "1", "--prototypes", "1", "--out", str(tmp_path)])
+    assert protoclip.load_checkpoint(tmp_path / "last.pt")["step"] == 2
 
 
 def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
