@@ -4,17 +4,20 @@ The idea. A trained teacher knows more of a batch than who belongs to whom: how 
 The student learns those rows of similarities, softmaxed, in place of the labels "the i-th to the i-th" ("affinity
 mimicking"). And it starts as a part of the teacher ("weight inheritance"): either by hand, the leading heads and channels
 of every k-th layer, or automatically, by gates on heads and channels that learn under a budget which to keep; what they
-close is cut out. To reach a quarter of the size this is done in stages, each inheriting from the last one's student.
+close is cut out. To reach a quarter of the size this is done in stages, each inheriting from the last one's student but
+mimicking the same first teacher: more than about 70 % cut at once loses much (section 3.3).
 
-The loss. With unit rows x (image), y (text) of the student, u, v of the teacher, and one scale s = 50 for both:
+The loss. With unit rows x (image), y (text) of the student, u, v of the teacher, and one fixed scale s = 50 for both:
 
     A = softmax_row(s x y^T)    A* = softmax_row(s u v^T)    L_i2t = mean_i -sum_j A*_ij log A_ij    L_t2i: x and y, u and v swapped
     L = alpha (L_i2t + L_t2i) / 2 + (1 - alpha) L_CLIP + l1 h + l2 h^2        alpha = 1 by default: no label is ever used
 
-With --auto, h = max(0, target - share removed) and l1, l2 are maximised. A gate z is a hard concrete variable: noise on a
-logit, through a sigmoid that is stretched beyond [0, 1] and cut. Gates multiply weights, z_hidden what enters the residual
+Only N x N affinities are compared, so the teacher's features may have another dimension. No gradient enters the teacher; it
+sees the student's crops and tokens. With --auto, h = max(0, target - share removed of attention and FFN weights) of both
+towers together, and l1, l2 are maximised: they grow while too little is gone. A gate z is a hard concrete variable: noise on
+a logit, through a sigmoid that is stretched beyond [0, 1] and cut. Gates multiply weights, z_hidden what enters the residual
 stream, z_heads the output of a head, z_ffn a channel after GELU; LayerNorms see open channels alone. After --prune-step
-steps the gates' values without noise are multiplied in, zeros cut out: a ragged dense model, with the same outputs as the gated.
+steps the gates' values without noise are multiplied in, zeros cut out: a ragged dense model, with the outputs of the gated one.
 Each rank scores its rows against the columns of all, gathered with gradient; gates are drawn alike on all ranks: W ranks
 compute the loss and gradient of one process with all their pairs.
 
@@ -24,18 +27,18 @@ ViT-39M-16 from ViT-B-32 or -16; --cache-teacher-text saves a part. Under gates 
 How to run.
     python clip.py && python tinyclip.py                     a teacher on the toy data, then a student of half its size
     torchrun --nproc_per_node=8 tinyclip.py --data yfcc15m --teacher ViT-B-16.pt --teacher-quick-gelu --eval /imagenet/val
-    python tinyclip.py --auto .25 --teacher runs/clip-toy/last.pt --out runs/tiny-75         in stages: 100 -> 75 -> 50 -> 25 %
-    for s in 50 25; do python tinyclip.py --auto .$((100 - s)) --init runs/tiny-$((s + 25))/last.pt --out runs/tiny-$s; done
+    i=clip-toy; for s in 75 50 25; do python tinyclip.py --auto .$((100 - s)) --init runs/$i/last.pt --out runs/tiny-$s; i=tiny-$s; done
 
 Where paper and released code part, and what this file does.
     - The paper pulls the share removed back from above, too; the code, and this file, only pushes it up.
     - The code's pruning is not exact (it multiplies z_hidden into the projections and drops the output bias of attentions
-      without heads); here gated and pruned model agree.
+      without heads); here gated and pruned model agree. Both keep some closed gates: logits end at +-ln 100, P(z > 0) at .05.
     - The code re-inflates a pruned model to put gates on it again; here gates stand on what is left. Shares are of the teacher.
     - The code's gates differ between ranks; its scale is 14.3 in the first step; each tower has multipliers of its own.
     - "Uniform" layers are the first ones unless the depth is halved or more (12 -> 9: 0..8). Paper: sum of both directions.
     - ResNets keep the AdamW of ViTs, towers with batch norm the statistics of their rank (eval mode in the teacher).
-    - On a GPU the teacher's matrices are fp16, as in the official code. The activation is that of what is inherited.
+    - On a GPU the teacher's matrices are fp16, as in the official code. The activation is that of what is inherited; the
+      code's students have exact GELU even from OpenAI's weights, which want QuickGELU.
 
 Sources: Wu et al. 2023 (arXiv 2309.12314), github.com/microsoft/Cream TinyCLIP; gates: princeton-nlp/CoFiPruning, Louizos
 et al. 2018.
@@ -106,24 +109,23 @@ def clip_loss(image_features, text_features, logit_scale):
 # affinity mimicking
 
 def affinity_loss(image_features, text_features, logit_scale, teacher_image_features, teacher_text_features, teacher_scale):
-    """Affinity mimicking of TinyCLIP (section 3.1; clip_soft_loss.py): cross-entropy of the student's image-text affinities to the
-    teacher's, and of the text-image ones, for the rows of this rank against the columns of all ranks.
+    """Affinity mimicking (section 3.1; clip_soft_loss.py): cross-entropy of the student's rows of image-text and text-image
+    affinities to the teacher's, for the rows of this rank against the columns of all ranks.
 
     image_features, text_features: the student's unit rows [B, D]; teacher_*: the teacher's [B, D'], which get no gradient.
     logit_scale, teacher_scale: the factors themselves. Returns a scalar, computed in at least fp32 also under autocast.
     The mean over ranks is the loss of the whole batch; its least value is the mean entropy of the teacher's rows, not 0.
     """
     with torch.autocast(image_features.device.type, enabled=False):
-        rows = [f.to(torch.promote_types(f.dtype, torch.float32))
-                for f in (image_features, text_features, teacher_image_features.detach(), teacher_text_features.detach())]
-        (x, y, u, v), columns = rows, gather(torch.cat(rows, 1)).split([f.shape[1] for f in rows], 1)  # one gather for all four
-        all_x, all_y, all_u, all_v = columns  # [N, D] or [N, D']
+        x, y, u, v = rows = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in (
+            image_features, text_features, teacher_image_features.detach(), teacher_text_features.detach())]
+        all_x, all_y, all_u, all_v = gather(torch.cat(rows, 1)).split([f.shape[1] for f in rows], 1)  # [N, D] or [N, D'], one gather
         image_target = (teacher_scale * u @ all_v.T).softmax(1).detach()  # [B, N]
         text_target = (teacher_scale * v @ all_u.T).softmax(1).detach()  # [B, N]
         return (F.cross_entropy(logit_scale * x @ all_y.T, image_target) + F.cross_entropy(logit_scale * y @ all_x.T, text_target)) / 2
 
 
-# manual inheritance
+# weight inheritance by hand
 
 def inherit(teacher_state, student_state, head_dim=64):
     """A student's weights cut out of a larger model's (section 3.2; weight_inherit.py).
@@ -137,39 +139,45 @@ def inherit(teacher_state, student_state, head_dim=64):
         return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
     inherited = {"logit_scale": student_state["logit_scale"].clone()}
-    for key in [key for key in student_state if key not in inherited]:
-        own, source, parts = student_state[key], key, key.split(".")
-        for i, part in enumerate(parts[:-1]):
-            if part in ("resblocks", "layer1", "layer2", "layer3", "layer4"):
-                prefix = ".".join(parts[:i + 1]) + "."
-                layers = depth(teacher_state, prefix)
-                step = layers // depth(student_state, prefix) or layers  # a deeper student asks for a layer that is not there
-                source = ".".join([*parts[:i + 1], str(int(parts[i + 1]) * step), *parts[i + 2:]])
-        value = teacher_state.get(source)
-        if value is not None and "in_proj" in key:  # [3 * heads * 64, C] or [3 * heads * 64]
+    for key, own in student_state.items():
+        if key == "logit_scale":
+            continue
+        parts = key.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)  # of the layer's number
+        if place is not None:
+            prefix = ".".join(parts[:place]) + "."  # a transformer, or one of a ResNet's stages
+            parts[place] = str(int(parts[place]) * max(1, depth(teacher_state, prefix) // depth(student_state, prefix)))
+        source = ".".join(parts)
+        value = teacher_state.get(source, own.new_empty(0))
+        if value.numel() and "in_proj" in key:  # [3 * heads * 64, C] or [3 * heads * 64]
             value = value.unflatten(0, (3, -1, head_dim))[:, :len(own) // (3 * head_dim)].flatten(0, 2)
+        part = value[tuple(map(slice, own.shape))] if value.ndim == own.ndim else value
         fixed = slice(2, None) if own.ndim == 4 else slice(0, "positional" in key)  # axes of space, of positions
-        if value is None or value[tuple(map(slice, own.shape))].shape != own.shape or value.shape[fixed] != own.shape[fixed]:
-            raise ValueError(f"{key} {list(own.shape)} cannot be cut out of {source} {'' if value is None else list(value.shape)}")
-        inherited[key] = value[tuple(map(slice, own.shape))].detach().clone()
+        if part.shape != own.shape or value.shape[fixed] != own.shape[fixed]:
+            raise ValueError(f"{key} {list(own.shape)} cannot be cut out of {source} {list(value.shape)}")
+        inherited[key] = part.detach().clone()
     return inherited
 
 
 def shrink(state, share):
-    """Sizes (arguments of CLIP) of a student with about `share` of the parameters of the model whose weights are `state`, in the
-    manner of the paper's students: the text tower drops layers; the image tower narrows, by whole heads (a ResNet by 4)."""
-    def depth(prefix):
-        return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
+    """Sizes (arguments of CLIP) of a student with about `share` of the parameters of the model whose weights are `state`, token
+    embedding aside. As in the paper's students the image tower narrows, by whole heads (a ResNet by 4), and the text tower drops
+    layers; here as many as bring the sum closest to the share."""
+    def find(prefix):  # layers, parameters
+        keys = [key for key in state if key.startswith(prefix)]
+        return len({key[len(prefix):].split(".")[0] for key in keys}), sum(state[key].numel() for key in keys)
 
     conv, resnet = state["visual.conv1.weight"], "visual.proj" not in state
+    (layers, text), (_, image) = find("transformer.resblocks."), find("visual.")
     width, step = (2 * len(conv), 4) if resnet else (len(conv), 64)
-    return dict(embed_dim=state["text_projection"].shape[1], patch_size=None if resnet else conv.shape[-1],
-                vision_width=step * max(1, round(width * share ** .5 / step)),
-                vision_layers=tuple(depth(f"visual.layer{i}.") for i in (1, 2, 3, 4)) if resnet else depth("visual.transformer.resblocks."),
-                text_width=len(state["ln_final.weight"]), text_layers=max(1, round(share * depth("transformer.resblocks."))))
+    narrow = step * max(1, round(width * share ** .5 / step))
+    kept = round(layers * (share + (share - (narrow / width) ** 2) * image / text))  # the image tower's parameters go with its width squared
+    return dict(embed_dim=state["text_projection"].shape[1], patch_size=None if resnet else conv.shape[-1], vision_width=narrow,
+                vision_layers=tuple(find(f"visual.layer{i}.")[0] for i in (1, 2, 3, 4)) if resnet else find("visual.transformer.resblocks.")[0],
+                text_width=len(state["ln_final.weight"]), text_layers=min(layers, max(1, kept)))
 
 
-# automatic inheritance
+# weight inheritance by gates
 
 class Gates(nn.Module):
     """Hard concrete gates of one ViT tower (section 3.2; l0module.py, after CoFiPruning and Louizos et al. 2018).
@@ -181,42 +189,40 @@ class Gates(nn.Module):
 
     def __init__(self, width, heads, ffn):
         super().__init__()
-        for name, counts in (("hidden", [width]), ("heads", heads), ("ffn", ffn)):
-            present = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).float()
-            self.register_buffer(f"{name}_present", present[0] if name == "hidden" else present, persistent=False)
-            setattr(self, name, nn.Parameter(torch.full(getattr(self, f"{name}_present").shape, 10.)))
+        for kind, counts in (("hidden", [width]), ("heads", heads), ("ffn", ffn)):
+            present = torch.arange(max(counts)) < torch.tensor(width if kind == "hidden" else counts)[..., None]
+            self.register_buffer(f"{kind}_present", present, persistent=False)
+            setattr(self, kind, nn.Parameter(torch.full(present.shape, 10.)))
 
-    def each(self):
-        """(name, logits, present) of the three kinds."""
-        return [(name, getattr(self, name), getattr(self, f"{name}_present")) for name in ("hidden", "heads", "ffn")]
+    def each(self, function):
+        """{kind: function(logits), 0 where a gate is absent}."""
+        return {kind: function(getattr(self, kind)) * getattr(self, f"{kind}_present") for kind in ("hidden", "heads", "ffn")}
 
     def sample(self, generator=None):
-        """{name: z in [0, 1]}, a concrete variable of temperature 2/3, stretched to (-.1, 1.1) and cut: 0 and 1 have mass."""
+        """{kind: z in [0, 1]}, a concrete variable of temperature 2/3, stretched to (-.1, 1.1) and cut: 0 and 1 have mass."""
         def draw(logits):
             noise = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(1e-6, 1 - 1e-6).logit()
-            return (((noise + logits) * 1.5).sigmoid() * 1.2 - .1).clamp(0, 1)
+            return (((noise + logits) / (2 / 3)).sigmoid() * 1.2 - .1).clamp(0, 1)
 
-        return {name: draw(logits) * present for name, logits, present in self.each()}
+        return self.each(draw)
 
     def probability(self):
-        """{name: P(z > 0)}."""
-        return {name: (1 - (math.log(.1 / 1.1) / 1.5 - logits).sigmoid().clamp(1e-6, 1 - 1e-6)) * present
-                for name, logits, present in self.each()}
+        """{kind: P(z > 0)}."""
+        return self.each(lambda logits: (logits - 2 / 3 * math.log(.1 / 1.1)).sigmoid().clamp(1e-6, 1 - 1e-6))
 
     @torch.no_grad()
     def hard(self):
-        """{name: z} without noise: sigmoid(1.2 logits), the lowest of them 0, as many (in each layer) as are expected to be."""
-        z, p = {}, self.probability()
-        for name, logits, present in self.each():
-            rank = logits.where(present > 0, -math.inf).argsort(stable=True).argsort()
-            closed = (logits.shape[-1] - p[name].sum(-1, keepdim=True)).round()
-            z[name] = (1.2 * logits).sigmoid() * (rank >= closed) * present
+        """{kind: z} without noise: sigmoid(1.2 logits), the lowest of them 0, as many (in each layer) as are expected to be."""
+        z = self.each(lambda logits: (1.2 * logits).sigmoid())
+        for kind, p in self.probability().items():
+            closed = (p.shape[-1] - p.sum(-1, keepdim=True)).round()
+            z[kind] = z[kind] * (z[kind].argsort(stable=True).argsort() >= closed)
         return z
 
     def expected_params(self):
         """Weights of attention and FFN that are expected to stay: 4 * 64 a pair of hidden channel and head (and its share of the
         biases), 2 a pair of hidden and FFN channel; biases of the FFN are left out, as in the official code."""
-        p = {name: value.sum() for name, value in self.probability().items()}
+        p = {kind: value.sum() for kind, value in self.probability().items()}
         return p["hidden"] * (p["heads"] * (4 * 64 + 4 / max(1, self.heads.shape[1])) + 2 * p["ffn"])
 
 
@@ -237,34 +243,29 @@ def prune(state, image_gates, text_gates, cut=True):
     a ragged model, whose layers differ in heads and FFN channels; of an attention without heads the output's bias is left.
     cut=False cuts nothing and adds a mask `keep` for each LayerNorm: the gated model, whose outputs are the ragged one's.
     """
+    writers = "conv1", "class_embedding", "token_embedding", "positional_embedding", "out_proj", "c_proj"  # into the residual stream
     pruned = {}
     for key, value in state.items():
-        gates = image_gates if key.startswith("visual.") else text_gates
-        z = rows = gates["hidden"]
-        columns, scaled = torch.ones_like(z[:1]), "embedding" in key or "conv1" in key
-        if key == "logit_scale":
-            rows = columns
-        elif "resblocks." in key:
-            layer = int(key.split("resblocks.")[1].split(".")[0])
-            heads, ffn, scaled = gates["heads"][layer].repeat_interleave(64), gates["ffn"][layer], "out_proj" in key or "c_proj" in key
-            if "in_proj" in key:
-                rows, columns = heads[:len(value) // 3].repeat(3), z
-            elif "c_fc" in key:
-                rows, columns = ffn[:len(value)], z
-            elif scaled:
-                columns = (heads if "out_proj" in key else ffn)[:value.shape[-1]]
-        elif scaled and value.ndim == 2:  # tokens and positions
-            rows, columns = z.new_ones(len(value)), z
-        if scaled:
-            value = value * rows.view(-1, *[1] * (value.ndim - 1)) * (columns if value.ndim == 2 else 1)
-        if not cut and "ln_" in key and key.endswith("weight"):
-            pruned[key.replace("weight", "keep")] = z != 0
-        if cut and value.ndim:
-            if ("in_proj" in key or "out_proj.weight" in key) and not heads.any():
-                continue
-            value = value[rows != 0]
-            value = value[:, columns != 0] if value.ndim == 2 and len(columns) > 1 else value
-        pruned[key] = value
+        gates, parts = image_gates if key.startswith("visual.") else text_gates, key.split(".")
+        name = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]
+        layer = int(parts[parts.index("resblocks") + 1]) if "resblocks" in parts else 0
+        hidden, heads, ffn = gates["hidden"], gates["heads"][layer].repeat_interleave(64), gates["ffn"][layer]
+        axes = {"in_proj_weight": (None, heads, hidden), "in_proj_bias": (None, heads), "out_proj": (hidden, heads), "c_fc": (ffn, hidden),
+                "c_proj": (hidden, ffn), "token_embedding": (None, hidden), "positional_embedding": (None, hidden)}.get(name, (hidden,))
+        if cut and ("in_proj" in name or key.endswith("out_proj.weight")) and not heads.any():
+            continue
+        if "in_proj" in name:
+            value = value.unflatten(0, (3, -1))  # [3, heads * 64, C] or [3, heads * 64]
+        for axis, z in enumerate(axes[:value.ndim]):  # the gates of each axis
+            if z is not None:
+                z = z[:value.shape[axis]]  # this layer's
+                if name in writers:
+                    value = value * z.view(-1, *[1] * (value.ndim - axis - 1))
+                if cut:
+                    value = value.index_select(axis, z.nonzero().flatten())
+        pruned[key] = value.flatten(0, 1) if "in_proj" in name else value
+        if not cut and name.startswith("ln_"):
+            pruned[f"{key.rpartition('.')[0]}.keep"] = hidden != 0
     return pruned
 
 
@@ -534,10 +535,6 @@ class TinyCLIP(CLIP):
     """A CLIP whose layers may differ in heads and FFN channels; load_state_dict takes those from the state. From open_gates() on
     it can run under gates, and dense() is what is left of it."""
 
-    def __init__(self, *args, **sizes):
-        super().__init__(*args, **sizes)
-        self.gates = None
-
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As nn.Module's, for a state of any number of heads (none, too) and FFN channels."""
         for name, module in list(self.named_modules()):
@@ -551,25 +548,23 @@ class TinyCLIP(CLIP):
 
     @staticmethod
     def from_pretrained(path, flag, quick_gelu):
-        """A trained model, its tokenizer (None if the file has none) and preprocessing, from a checkpoint of these scripts or from
-        OpenAI's or open_clip's weights (then with QuickGELU if quick_gelu). SystemExit, which names the flag, if there is none."""
+        """A trained model, its tokenizer (None if the file has none) and preprocessing, from a checkpoint of any of these scripts or
+        from OpenAI's or open_clip's weights (then with QuickGELU if quick_gelu). SystemExit, which names the flag, if there is no file."""
         if not Path(path).is_file():
             raise SystemExit(f"{flag}: there is no file {path}; run clip.py on the same --data first, or give the path of a trained model")
+        state = load_clip_state(path)
         try:
-            ours = "script" in torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # load_clip_state knows more kinds, and what to say
-            ours = False
-        if ours:
-            return evaluator.load(path)
-        model = build(load_clip_state(path), TinyCLIP, quick_gelu=quick_gelu).eval()
-        resnet = isinstance(model.visual, ModifiedResNet)
-        grid = math.isqrt(len((model.visual.attnpool if resnet else model.visual).positional_embedding) - 1)
-        return model, None, data.Preprocess(grid * (32 if resnet else model.visual.conv1.weight.shape[-1]))
+            trained, tokenizer, preprocess = evaluator.load(path)
+            quick_gelu = type(trained.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+        except SystemExit:  # not of these scripts
+            name, patch = ("visual.", state["visual.conv1.weight"].shape[-1]) if "visual.proj" in state else ("visual.attnpool.", 32)
+            tokenizer = None
+            preprocess = data.Preprocess(math.isqrt(len(state[f"{name}positional_embedding"]) - 1) * patch)
+        return build(state, TinyCLIP, quick_gelu=quick_gelu).eval(), tokenizer, preprocess
 
-    @staticmethod
-    def towers(state):
-        """The towers' part of a state, without heads and gates."""
-        return {name: value for name, value in state.items() if name.split(".")[0] in ENCODERS}
+    def towers(self):
+        """The parameters without gates and multipliers, by name."""
+        return {name: p for name, p in self.named_parameters() if name.split(".")[0] in ENCODERS}
 
     def open_gates(self, lr):
         """Puts gates on both towers; returns their optimizer groups: the logits, and the multipliers, which are maximised."""
@@ -591,14 +586,14 @@ class TinyCLIP(CLIP):
         if seed is None:
             return super().forward(images, tokens)
         generator = torch.Generator(images.device).manual_seed(seed)
-        weights = prune(self.towers(dict(self.named_parameters())), *(gates.sample(generator) for gates in self.gates.values()), cut=False)
+        weights = prune(self.towers(), *(gates.sample(generator) for gates in self.gates.values()), cut=False)
         return torch.func.functional_call(self, weights, (images, tokens))
 
     def dense(self):
         """The model itself, or, if it has gates, a pruned copy that keeps as much as they are expected to."""
-        if self.gates is None:
+        if not hasattr(self, "gates"):
             return self
-        state = prune(self.towers(self.state_dict()), *(gates.hard() for gates in self.gates.values()))
+        state = prune(self.towers(), *(gates.hard() for gates in self.gates.values()))
         model = build(state, TinyCLIP, quick_gelu=isinstance(self.transformer.resblocks[0].mlp.gelu, QuickGELU))
         model.logit_scale.requires_grad_(self.logit_scale.requires_grad)
         return model.to(self.logit_scale.device)
@@ -664,10 +659,22 @@ def affinity_picture(path, student, teacher, count=16):
     data.grid(maps, ["teacher: a row a picture, a column a caption", "student"], path, columns=2)
 
 
-def survivors_picture(path, image_gates, text_gates):
-    """Writes which parts of each tower stay: a row a layer, on the left its heads, on the right the share of its FFN channels."""
+def leading_gates(source, student, prefix):
+    """What inherit() takes of a ViT tower, as gates of 0 and 1. source, student: states; prefix: of the names of the tower's layers."""
+    (layers, *wide), (kept, *narrow) = (
+        (len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)}), len(state[f"{prefix}0.ln_1.bias"]),
+         len(state[f"{prefix}0.attn.in_proj_bias"]) // 192, len(state[f"{prefix}0.mlp.c_fc.bias"])) for state in (source, student))
+    hidden, heads, ffn = ((torch.arange(n) < k).float() for n, k in zip(wide, narrow))
+    taken = torch.zeros(layers, 1)
+    taken[:kept * (layers // kept):layers // kept] = 1
+    return {"hidden": hidden, "heads": taken * heads, "ffn": taken * ffn}
+
+
+def survivors_picture(path, towers):
+    """Writes which parts of each tower stay: a row a layer, on the left its heads, on the right the share of its FFN channels.
+    towers: {name: gates}, as from Gates.hard()."""
     maps, captions = [], []
-    for name, gates in (("image", image_gates), ("text", text_gates)):
+    for name, gates in towers.items():
         hidden, heads, ffn = ((gates[kind] != 0).float().cpu() for kind in ("hidden", "heads", "ffn"))
         share = torch.arange(80) < 80 * ffn.mean(1, keepdim=True)
         cells = torch.cat([heads.repeat_interleave(80 // heads.shape[1], 1), heads.new_full((len(heads), 4), .3), share], 1)
@@ -778,7 +785,6 @@ def parse_args(argv=None):
     add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default $CLIP_DATA or ./datasets)")
     add("--recipe", choices=RECIPES, help="default: by the name of --data; for a path small under 100,000 pairs, else cc3m")
     add("--model", choices=MODELS)
-    add("--image-size", type=positive, help="side of the pictures in pixels (the teacher's)")
     add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that were trained with it")
     add("--batch-size", type=positive, help="pairs a step, all ranks together")
     add("--epochs", type=positive)
@@ -805,8 +811,7 @@ def parse_args(argv=None):
     add("--teacher-quick-gelu", action="store_true", help="a teacher of OpenAI's or open_clip's was trained with QuickGELU")
     add("--cache-teacher-text", action="store_true", help="encode all captions by the teacher beforehand and keep them on the device")
     add("--alpha", type=float, default=1., help="weight of affinity mimicking; 1 - alpha is that of CLIP's loss")
-    add("--logit-scale", type=float, default=50., help="fixed scale of teacher and student; 0: the teacher's own, the student's learned")
-    add("--clip-grad", type=float, default=5., help="largest norm of the gradient")
+    add("--logit-scale", type=float, default=50., help="fixed scale of teacher and student, at most 100; 0: the teacher's own, the student's learned")
     add("--shrink", type=float, metavar="SHARE", help="student: the teacher, brought to about this share of its parameters")
     for size, what in zip(SIZES, ("image-width", "image-layers", "text-width", "text-layers")):
         add(f"--{what}", dest=size, type=positive, help="in place of the student's")
@@ -830,13 +835,10 @@ def main(argv=None):
     if args.auto:
         args.model, args.warmup = None, args.prune_step
         if args.init == "none" or args.checkpoint_activations or any(getattr(args, name) for name in ("shrink", *SIZES)):
-            raise SystemExit("--auto begins with --init as it is and keeps all activations: leave out --init none, --checkpoint-activations, "
-                             "--shrink and sizes")
+            raise SystemExit("--auto begins with --init as it is: leave out --init none, --checkpoint-activations, --shrink and sizes")
     else:
         args.prune_step = args.sparsity_warmup = None
     args.teacher = args.teacher or f"runs/clip-{Path(args.data).stem or 'data'}/last.pt"
-    teacher, tokenizer, preprocess = TinyCLIP.from_pretrained(args.teacher, "--teacher", args.teacher_quick_gelu)
-    args.image_size = args.image_size or preprocess.size
     args.amp = args.amp or ("off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
     args.out = args.out or f"runs/{Path(__file__).stem}-{Path(args.data).stem or 'data'}"
     if args.workers is None:
@@ -863,36 +865,35 @@ def main(argv=None):
 
     # model
     torch.manual_seed(args.seed)
-    pretrained = {"--teacher": (teacher, tokenizer, preprocess)}
-    if args.init not in (None, "none") and not saved:
-        pretrained["--init"] = TinyCLIP.from_pretrained(args.init, "--init", args.quick_gelu)
+    loaded = {"--teacher": TinyCLIP.from_pretrained(args.teacher, "--teacher", args.teacher_quick_gelu)}
+    if args.init not in (None, "none"):
+        loaded["--init"] = TinyCLIP.from_pretrained(args.init, "--init", args.quick_gelu)
+    teacher, tokenizer, preprocess = loaded["--teacher"]
+    source, *_ = loaded.get("--init", loaded["--teacher"])
     tokenizer = (not args.bpe and tokenizer) or data.find_tokenizer(args.bpe, args.data)
-    for flag, (source, words, pictures) in pretrained.items():
-        other = words.merges != tokenizer.merges if words else len(source.token_embedding.weight) != tokenizer.vocab_size
-        if other or len(source.positional_embedding) != tokenizer.context:
+    for flag, (net, words, pictures) in loaded.items():
+        if (words or tokenizer).merges != tokenizer.merges or (
+                len(net.token_embedding.weight), len(net.positional_embedding)) != (tokenizer.vocab_size, tokenizer.context):
             raise SystemExit(f"{flag} was trained with another tokenizer than this run's, see --bpe")
-        if vars(pictures) != vars(preprocess) or args.image_size != preprocess.size:
-            raise SystemExit(f"{flag} knows pictures of {pictures.size} pixels, mean {pictures.mean}, std {pictures.std}; this run's have "
-                             f"{args.image_size}, {preprocess.mean}, {preprocess.std}")
-    dataset.transform = partial(views, tokenizer=tokenizer, size=args.image_size, augment=args.augment)
+        if vars(pictures) != vars(preprocess):
+            raise SystemExit(f"{flag} and --teacher know other pictures: {vars(pictures)}, {vars(preprocess)}")
+    dataset.transform = partial(views, tokenizer=tokenizer, size=preprocess.size, augment=args.augment)
     loader = data.loader(dataset, batches, args.workers, device)
-    teacher_state, state = (TinyCLIP.towers(net.state_dict()) for net in (teacher, source))
-    quick_gelu = args.quick_gelu if args.init == "none" else type(source.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
     gated = bool(args.auto) and not (saved and saved["gated"] is None)
-    if saved:
-        quick_gelu, state = saved["sizes"]["quick_gelu"], TinyCLIP.towers(saved["gated"] or saved["model"])
-    original = prunable(teacher_state)
+    state = saved["model"] if saved and not gated else source.state_dict()
+    original = prunable(teacher.state_dict())
     removed = 1 - prunable(state) / original
-    if gated and not ("visual.proj" in state and "visual.proj" in teacher_state and removed < args.auto < 1):
+    if gated and not ("visual.proj" in state and isinstance(teacher.visual, VisionTransformer) and removed < args.auto < 1):
         raise SystemExit(f"--auto takes a share of the teacher between what has gone already, {removed:.3f}, and 1, and ViTs for both")
+    quick_gelu = args.quick_gelu if args.init == "none" else isinstance(source.transformer.resblocks[0].mlp.gelu, QuickGELU)
     if saved or args.auto:
         model = build(state, TinyCLIP, quick_gelu=quick_gelu)
     else:
-        sizes = MODELS[args.model] | (shrink(teacher_state, args.shrink) if args.shrink else {})
+        sizes = MODELS[args.model] | (shrink(teacher.state_dict(), args.shrink) if args.shrink else {})
         sizes |= {name: getattr(args, name) for name in SIZES if getattr(args, name)}
         if sizes["vision_width"] % 64 and sizes["patch_size"] or sizes["text_width"] % 64 or (args.vision_layers and not sizes["patch_size"]):
             raise SystemExit("widths are multiples of 64, the width of a head; stages of ResNets keep their depth")
-        sizes |= dict(image_size=args.image_size, vocab=tokenizer.vocab_size, context=tokenizer.context, quick_gelu=quick_gelu)
+        sizes |= dict(image_size=preprocess.size, vocab=tokenizer.vocab_size, context=tokenizer.context, quick_gelu=quick_gelu)
         model = build(args.model, TinyCLIP, **sizes)
         if args.init != "none":
             try:
@@ -905,8 +906,9 @@ def main(argv=None):
     for module in model.modules():
         if isinstance(module, Transformer):
             module.checkpoint_activations = args.checkpoint_activations
-    if isinstance(model.visual, ModifiedResNet):
-        model.visual.to(memory_format=torch.channels_last)
+    for net in (model, teacher):
+        if isinstance(net.visual, ModifiedResNet):
+            net.visual.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)  # OpenAI's for ViTs
     if gated:
         for group in model.open_gates(args.gate_lr):
@@ -932,13 +934,13 @@ def main(argv=None):
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     teacher.to(device).requires_grad_(False)
-    if "visual.proj" not in teacher_state:
-        teacher.visual.to(memory_format=torch.channels_last)
     if device.type == "cuda":  # norms, biases and embeddings stay in fp32, in which autocast wants them
         for name, parameter in teacher.named_parameters():
             parameter.data = parameter.half() if parameter.ndim > 1 and "embedding" not in name else parameter
     teacher_scale = args.logit_scale or teacher.logit_scale.exp()
     teacher_texts = encode_captions(teacher, tokenizer, dataset, device) if args.cache_teacher_text else None
+
+    expected = torch.tensor(float(prunable(model.dense().state_dict())), device=device)  # parameters in attention and FFN
 
     # what the run leaves behind
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
@@ -949,6 +951,10 @@ def main(argv=None):
         rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
         (out / "log.tmp").write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step))
         os.replace(out / "log.tmp", out / "log.jsonl")
+        if not saved and not args.auto and args.init != "none":
+            prefixes = {"image": "visual.transformer.resblocks.", "text": "transformer.resblocks."}
+            survivors_picture(out / "survivors.png", {name: leading_gates(state, model.state_dict(), prefix)
+                                                      for name, prefix in prefixes.items() if f"{prefix}0.ln_1.bias" in state})
         print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value not in (None, False, "")))
         print(f"{len(dataset)} pairs, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {total} steps on "
               f"{world} x {device.type}" + (f", resumed at step {step}" if saved else ""))
@@ -1006,9 +1012,7 @@ def main(argv=None):
                 target = removed + (args.auto - removed) * min(1, step / args.sparsity_warmup)
                 sparsity = sparsity_loss(expected, original, target, model.multipliers)
             loss = args.alpha * affinity + (1 - args.alpha) * clip + sparsity
-            losses = {"loss": loss, "affinity": affinity, "clip": clip}
-            if args.auto:
-                losses |= {"sparsity": sparsity, "removed": 1 - expected / original if gated else sparsity + removed}
+            losses = {"loss": loss, "affinity": affinity, "clip": clip, "sparsity": sparsity, "removed": 1 - expected / original}
 
             # the step; where the gradient (of all ranks, DDP has averaged it) is not finite, everything stays as it was
             for group in optimizer.param_groups[:2]:  # the gates' is constant
@@ -1017,7 +1021,7 @@ def main(argv=None):
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            nn.utils.clip_grads_with_norm_(model.parameters(), args.clip_grad, norm)
+            nn.utils.clip_grads_with_norm_(model.parameters(), 5., norm)
             good = norm.isfinite()
             optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW leave weights and moments alone, without asking the host
             optimizer.step()
@@ -1031,9 +1035,9 @@ def main(argv=None):
             step += 1
             if gated and step == args.prune_step:  # from here the ragged model, with a new optimizer
                 if rank == 0:
-                    survivors_picture(out / "survivors.png", *(gates.hard() for gates in model.gates.values()))
+                    survivors_picture(out / "survivors.png", {name: gates.hard() for name, gates in model.gates.items()})
                 model, gated, best = model.dense(), False, -1.
-                removed = 1 - prunable(model.state_dict()) / original
+                expected = torch.tensor(float(prunable(model.state_dict())), device=device)
                 optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
                 if args.compile:
                     model.compile()
