@@ -72,7 +72,6 @@ BORROW = {  # how somebody who copied a part would call it
                            torch.zeros(64, 8), "ln_final.weight": torch.zeros(64), "transformer.resblocks.0.ln_1.weight": torch.zeros(64)}, .5),
     "prune": lambda f: f({"visual.proj": torch.ones(4, 2), "logit_scale": torch.zeros(())}, *[
         {"hidden": torch.tensor([1., 0., 1., .5]), "heads": torch.ones(1, 1), "ffn": torch.ones(1, 16)}] * 2),
-    "leading_gates": lambda f: f(*[{"0.ln_1.bias": unit(1, n)[0], "0.attn.in_proj_bias": unit(1, 3 * n)[0], "0.mlp.c_fc.bias": unit(1, n)[0]} for n in (128, 64)], ""),
     "prunable": lambda f: f({"transformer.resblocks.0.mlp.c_fc.bias": torch.ones(4)}),
     "encode_captions": lambda f: f(SimpleNamespace(encode_text=lambda t: torch.ones(len(t), 8)), lambda t: torch.zeros(len(t), 4),
                                    type("", (), {"__len__": lambda s: 3, "captions": lambda s, i: ["a"]})(), torch.device("cpu")),

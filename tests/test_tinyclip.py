@@ -119,17 +119,17 @@ def test_inherit_of_the_same_size_is_a_copy_and_a_resnet_brings_its_statistics()
     assert torch.equal(found["visual.attnpool.q_proj.weight"], teacher["visual.attnpool.q_proj.weight"][:44 * 32, :44 * 32])
 
 
-def test_leading_gates_are_what_inherit_takes():
-    """Each mark of a head or channel, and each layer, arrives exactly if the map shows it."""
-    teacher, student = state_of(text_layers=5, text_width=192), state_of(text_layers=2, text_width=128)
-    prefix = "transformer.resblocks."
-    for i in range(5):
-        teacher[f"{prefix}{i}.attn.in_proj_bias"] = (torch.arange(9.).repeat_interleave(64) % 3 + 10 * i)  # heads
-        teacher[f"{prefix}{i}.mlp.c_fc.bias"] = torch.arange(768.) + 1000 * i
-    found, gates = inherit(teacher, student), tinyclip.leading_gates(teacher, student, prefix)
-    heads, ffn = ({x for i in range(2) for x in found[f"{prefix}{i}.{name}"].tolist()} for name in ("attn.in_proj_bias", "mlp.c_fc.bias"))
-    assert heads == {10. * i + h for i, h in gates["heads"].nonzero().tolist()} and len(gates["heads"]) == 5
-    assert ffn == {1000. * i + h for i, h in gates["ffn"].nonzero().tolist()} and gates["hidden"].tolist() == [1.] * 128 + [0.] * 64
+def test_survivors_picture_shows_what_inherit_takes(tmp_path, monkeypatch):
+    maps = []
+    monkeypatch.setattr(tinyclip.data, "grid", lambda images, captions, path, columns: maps.extend(zip(images, captions)))
+    source, student = TinyCLIP(**SMALL | dict(text_layers=5, text_width=128)), TinyCLIP(**SMALL)
+    tinyclip.survivors_picture(tmp_path, source, student)  # two of five layers: 0 and 2; one of two heads, half of the channels
+    for picture, caption in maps:
+        image = "image" in caption
+        assert picture.shape[1] == (20 if image else 50) and ("64 of 64" if image else "64 of 128") in caption
+        dark = picture[0, ::10] < 100
+        assert dark[:, 0].tolist() == ([True] * 2 if image else [True, False, True, False, False])
+        assert dark[0].sum() == (160 if image else 80)
 
 
 @pytest.mark.parametrize("sizes", (dict(vision_width=192), dict(patch_size=8), dict(image_size=64), dict(context=16), dict(vocab=80),
