@@ -251,7 +251,8 @@ def test_without_weight_or_prototypes_the_gradient_is_clips():
 # W ranks are one process
 
 RUN = ["--limit", "96", "--batch-size", "16", "--epochs", "2", "--warmup", "2", "--eval", "", "--log-every", "1", "--model", "tiny",
-       "--episode-size", "64", "--prototypes", "6", "--proj-hidden", "32", "--proj-dim", "16"]
+       "--episode-size", "64", "--prototypes", "6", "--proj-hidden", "32", "--proj-dim", "16",
+       "--warmup-episodes", "1"]
 FIRST = ["--limit", "64", "--epochs", "1", "--warmup-episodes", "0", "--teacher-features", "captions"]  # one episode, of fresh weights
 
 
