@@ -764,9 +764,9 @@ OFFICIAL = dict(  # manual_ and auto_weight_inherit_100to75.sh but for batch (32
     prune_step=3000, sparsity_warmup=1000)
 RECIPES = {  # batch size is global, warm-up in steps; with --auto the warm-up is --prune-step, as in the official scripts
     "toy": dict(model="tiny-half", batch_size=128, epochs=2, lr=1e-3, warmup=20, weight_decay=.2, augment="clip", eval="toy",
-                prune_step=192, sparsity_warmup=48),  # ours
+                prune_step=192, sparsity_warmup=192),  # ours
     "small": dict(model="tiny-half", batch_size=256, epochs=20, lr=1e-3, warmup=50, weight_decay=.2, augment="clip",
-                  prune_step=200, sparsity_warmup=50),  # ours
+                  prune_step=200, sparsity_warmup=200),  # ours
     "cc3m": OFFICIAL | dict(batch_size=1024),  # nothing official for cc3m and cc12m
     "cc12m": OFFICIAL,
     "yfcc15m": OFFICIAL,  # README: 63.5 %, there from ViT-B-16
@@ -819,8 +819,8 @@ def parse_args(argv=None):
         add(f"--{what}", dest=size, type=positive, help="in place of the student's")
     add("--auto", type=float, metavar="SPARSITY", help="student: --init, whose heads and channels go until this share of the teacher has gone")
     add("--prune-step", type=positive, help="steps under gates, which are the warm-up too")
-    add("--sparsity-warmup", type=positive, help="steps until the whole SPARSITY is asked for")
-    add("--gate-lr", type=float, default=.02, help="of gates and multipliers; a larger one removes more than was asked for")
+    add("--sparsity-warmup", type=positive, help="steps until all of SPARSITY is asked for; few of them, and Adam's momentum overshoots")
+    add("--gate-lr", type=float, default=.02, help="of gates and multipliers; gates need 250 steps of .02 to close")
     return parser.parse_args(argv)
 
 
@@ -939,7 +939,6 @@ def main(argv=None):
             parameter.data = parameter.half() if parameter.ndim > 1 and "embedding" not in name else parameter
     teacher_scale = args.logit_scale or teacher.logit_scale.exp()
     teacher_texts = encode_captions(teacher, tokenizer, dataset, device) if args.cache_teacher_text else None
-
     expected = torch.tensor(float(prunable(model.state_dict())), device=device)  # parameters in attention and FFN
 
     # what the run leaves behind
