@@ -436,7 +436,7 @@ def init_distributed():
 
 RECIPES = {  # batch size is global, warm-up in steps
     "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy"),  # ours
-    "small": dict(model="tiny", batch_size=256, epochs=20, lr=1e-3, warmup=200, weight_decay=.1, augment="clip"),  # ours
+    "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="clip"),  # ours
     # open_clip's README: near 20 %; with the shorter warm-up that its maintainer now advises, and SLIP's crop for (.9, 1)
     "cc3m": dict(model="RN50", batch_size=1024, epochs=30, lr=1e-3, warmup=2000, weight_decay=.1, augment="clip"),
     # SLIP's CLIP baselines, 36.5 % and 37.6 %, with our eps and preprocessing; warm-up of one epoch

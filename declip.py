@@ -665,7 +665,7 @@ RECIPES = {  # batch size is global, warm-up in steps
     # ours: one epoch, since it has the views of two (32 % of the unseen kinds are named, 27 % after two: one seed); crops alone,
     # since the captions name colours
     "toy": dict(model="tiny", batch_size=128, epochs=1, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy"),
-    "small": dict(model="tiny", batch_size=256, epochs=20, lr=1e-3, warmup=200, weight_decay=.1, augment="declip"),  # ours
+    "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="declip"),  # ours
     # the optimiser of clip.py, so that the two compare; 32 epochs as in the paper's ablation on CC3M (RN50: 20.6 -> 27.2)
     "cc3m": dict(model="RN50", batch_size=1024, epochs=32, lr=1e-3, warmup=2000, weight_decay=.1, augment="declip"),
     # no source trains on it: the values of yfcc15m

@@ -630,7 +630,7 @@ def init_distributed():
 RECIPES = {  # batch size is global, warm-up in steps; episodes of m pairs with K = m / 10 prototypes, as in the released README
     "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy",
                 episode_size=4096, prototypes=400, warmup_episodes=6),  # ours, half of the episodes; no other colours: they are named
-    "small": dict(model="tiny", batch_size=256, epochs=20, lr=1e-3, warmup=200, weight_decay=.1, augment="protoclip",
+    "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="protoclip",
                   episode_size=20_000, prototypes=2000, warmup_episodes=1),  # ours
     # README of the released code, 8 GPUs: 21.47 % zero-shot with the external teacher (CLIP: 19.46), on 2.5 M of the pairs
     "cc3m": dict(model="RN50", batch_size=512, epochs=32, lr=5e-4, warmup=15_625, weight_decay=.5, augment="protoclip",

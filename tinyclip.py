@@ -765,7 +765,7 @@ OFFICIAL = dict(  # manual_ and auto_weight_inherit_100to75.sh but for batch (32
 RECIPES = {  # batch size is global, warm-up in steps; with --auto the warm-up is --prune-step, as in the official scripts
     "toy": dict(model="tiny-half", batch_size=128, epochs=2, lr=1e-3, warmup=20, weight_decay=.2, augment="clip", eval="toy",
                 prune_step=192, sparsity_warmup=192),  # ours
-    "small": dict(model="tiny-half", batch_size=256, epochs=20, lr=1e-3, warmup=50, weight_decay=.2, augment="clip",
+    "small": dict(model="tiny-half", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.2, augment="clip",
                   prune_step=200, sparsity_warmup=200),  # ours
     "cc3m": OFFICIAL | dict(batch_size=1024),  # nothing official for cc3m and cc12m
     "cc12m": OFFICIAL,
