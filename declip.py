@@ -67,6 +67,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections import OrderedDict
@@ -626,15 +627,25 @@ def load_checkpoint(path):
 
 
 def load_clip_state(path):
-    """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a state dict or TorchScript
-    archive of OpenAI's, or a state dict of open_clip's. SystemExit with a sentence if path is none of them."""
+    """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
+    dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
+    path is none of them."""
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
-            state = torch.jit.load(path, map_location="cpu").state_dict()
+        if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
+            content = bytearray(Path(path).read_bytes())
+            start = 8 + int.from_bytes(content[:8], "little")
+            header = {key: entry for key, entry in json.loads(content[8:start]).items() if key != "__metadata__"}
+            kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+            state = {key: torch.frombuffer(content, dtype=kinds[entry["dtype"]], count=math.prod(entry["shape"]),
+                                           offset=start + entry["data_offsets"][0]).view(entry["shape"]) for key, entry in header.items()}
+        else:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
+                state = torch.jit.load(path, map_location="cpu").state_dict()
         script, state = state.get("script"), state.get("model", state.get("state_dict", state))
-        state = {key.removeprefix("module."): value.float() if value.is_floating_point() else value for key, value in state.items()}
+        wrapped = re.compile(r"((module|text|_image_encoder|_text_encoder|_logit_scale)\.)*")  # by DDP, open_clip, TinyCLIP
+        state = {key[wrapped.match(key).end():]: value.float() if value.is_floating_point() else value for key, value in state.items()}
         state["text_projection"], state["visual.conv1.weight"]
         if script == "declip":  # its last token is the mask
             state["token_embedding.weight"] = state["token_embedding.weight"][:-1]

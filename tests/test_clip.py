@@ -239,6 +239,18 @@ def test_load_clip_state_formats(tmp_path):
     clip.save_checkpoint(tmp_path / "ours.pt", script="clip", step=1, model=state | {"projector.weight": torch.zeros(2), "logit_scale_proto": torch.zeros(())})
     mask = {"token_embedding.weight": torch.cat([state["token_embedding.weight"], torch.zeros(1, SMALL["text_width"])])}
     clip.save_checkpoint(tmp_path / "declip.pt", script="declip", step=1, model=state | mask)
+    texts = {key for key in state if not key.startswith(("visual", "logit"))}
+    torch.save({"text." * (key in texts) + key: value for key, value in state.items()}, tmp_path / "custom_text.pt")
+    released = {("_image_encoder.module." if "visual" in k else "_text_encoder.module." if k in texts else "_logit_scale.") + k: v
+                for k, v in state.items()}  # TinyCLIP's
+    torch.save({"state_dict": released | {"image_encoder_without_ddp.visual.proj": torch.zeros(2)}}, tmp_path / "tinyclip.pt")
+    header, content = {"__metadata__": {"format": "pt"}}, b""
+    for key, value in state.items():
+        raw = value.half().numpy().tobytes()
+        header[key] = {"dtype": "F16", "shape": list(value.shape), "data_offsets": [len(content), len(content) + len(raw)]}
+        content += raw
+    header = json.dumps(header).encode()
+    (tmp_path / "hub.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content)
     archive = nn.Module()  # OpenAI's: TorchScript, fp16, three numbers beside the weights
     for key, value in state.items() | {("input_resolution", torch.tensor(32))}:
         *path, name = key.split(".")
@@ -249,8 +261,8 @@ def test_load_clip_state_formats(tmp_path):
             module = getattr(module, part)
         module.register_buffer(name, value.half() if value.is_floating_point() else value)
     torch.jit.script(archive).save(tmp_path / "openai.pt")
-    for name in ("plain", "open_clip", "ours", "declip", "openai"):
-        loaded = clip.load_clip_state(tmp_path / f"{name}.pt")
+    for name in ("plain.pt", "open_clip.pt", "ours.pt", "declip.pt", "openai.pt", "custom_text.pt", "tinyclip.pt", "hub.safetensors"):
+        loaded = clip.load_clip_state(tmp_path / name)
         assert set(loaded) == set(state), name
         assert all(v.dtype == state[k].dtype and (v - state[k]).abs().max() < 2e-3 for k, v in loaded.items()), name
     (tmp_path / "text.pt").write_text("hello")
