@@ -24,8 +24,8 @@ How to run.
     python eval.py runs/clip-toy/last.pt --images cat.jpg --texts "a cat" "a dog"
 
 Where published code differs from this file.
-    - SLIP and A-CLIP gather without gradient: half of it is missing. It is part of why their CLIP on CC12M has 36.5 % and
-      LaCLIP's, with it, a larger batch and QK-norm, 40.2 %.
+    - SLIP gathers without gradient: half of it is missing. It is part of why its CLIP on CC12M (quoted by A-CLIP too) has
+      36.5 % and LaCLIP's, with it, a larger batch and QK-norm, 40.2 %.
     - open_clip's default flags divide the encoders' gradients by W; its large runs set --local-loss --gather-with-grad = ours.
     - SLIP cuts long captions without an end token and then reads a constant feature; here the last token is the end token.
     - OpenAI used QuickGELU; we use GELU (--quick-gelu for their weights). SLIP's ViT is timm's; ours is OpenAI's.

@@ -10,19 +10,20 @@ is no teacher and no momentum encoder.
 The loss. Unit rows x_k of the two crops, y_v of the masked and the edited caption, n_v the row of the queue nearest to y_v:
 
     clip = mean over k, v of clip_loss(x_k, y_v)          nns = mean over k, v of cross-entropy(s x_k n_v^T), pictures only
-    ssl  = -1/2 [ cos(p_1, z_2) + cos(p_2, z_1) ]         z = projector(feature, not unit), held constant; p = predictor(z)
+    ssl  = -1/2 [ cos(p_1, const z_2) + cos(p_2, const z_1) ]      z = projector(feature, not unit), p = predictor(z)
     mlm  = cross-entropy of the masked words, read from the causal text tower before its projection
     L    = .4 clip + .2 nns + .2 ssl + .2 mlm
 
-One scale s serves clip and nns. z is held constant, for else all features could become one; n too, so that nns teaches the
-image tower and s alone, its negatives being the neighbours of the other captions. The queue is asked first and then takes
-in both texts of the batch, so that no caption finds itself; where it finds itself of an epoch ago, the log counts it
-(own_neighbors). 65,536 rows are the last 8 batches of 4,096 pairs.
+One scale s serves clip and nns. As a target z is held constant, and the predictor stands on one side only: SimSiam found that
+without either all features become one. n is constant too: nns trains the image tower and s alone, and its negatives are the
+neighbours of the batch's other captions, not the queue. Each step first searches the queue, then puts both texts in, so that
+a caption can meet only its own row of an earlier epoch; the log has their share (own_neighbors: such a neighbour teaches
+nothing new; if it grows, take a smaller --queue). 65,536 rows are the last 8 batches of 4,096 pairs.
 
-W ranks compute the loss and gradient of one process: the queue holds the captions of all ranks and is the same on each,
-mlm divides by the words masked on all ranks. Local are the batch norms of SimSiam's heads and of RN50.
+clip, nns and mlm of W ranks are those of one process with the whole batch: the queue holds the captions of all ranks and is
+the same on each, mlm divides by the words masked on all ranks. ssl is not, nor RN50: batch norm has its rank's statistics.
 
-What it brought (paper; RN50 on CC3M, ImageNet): CLIP 20.6 %, with MVS 24.8, with SimSiam and MLM 25.4, with NNS 27.2. MVS
+What it brought (paper; RN50 on CC3M, ImageNet): CLIP 20.6 %, with MVS 24.8, SimSiam and MLM too 25.4, NNS too 27.2. MVS
 came with stronger augmentation: the baseline that has it too is clip.py --augment declip.
 
 The cost. Twice CLIP, for each tower runs twice; heads, queue and masked words add 2 % (ViT-B-32). The released code guesses
@@ -31,7 +32,7 @@ words at all 77 positions, masked or not: a quarter of CLIP more, and 6 GB for 1
 How to run.
     python declip.py                                                      drawn toy data, any machine, minutes
     torchrun --nproc_per_node=8 declip.py --data cc3m --synonyms synonyms.tsv --eval /imagenet/val
-    python declip.py --w-nn 0 --w-ssl 0 --w-mlm 0                         CLIP on all views; .2 and .4 are the defaults
+    python declip.py --w-nn 0 --w-ssl 0 --w-mlm 0                         CLIP on all pairs of views
 The table of synonyms comes from WordNet's text files (wordnet.princeton.edu) by
 
     import collections, glob
@@ -45,8 +46,9 @@ The table of synonyms comes from WordNet's text files (wordnet.princeton.edu) by
             print(word, ",".join(sorted(table[word])), sep=chr(9), file=file)
 
 Where paper and released code part, and what this file does.
-    - The paper's sum is (1 - a - b - c) CLIP + a (ISS + TSS) + b MVS + c NNS, all .2: the pair of the originals has .4, the
-      other three .2 together. The released code gives each of the four .1; so do we. --w-clip --w-nn --w-ssl --w-mlm.
+    - The paper's sum is (1 - a - b - c) CLIP + a (SimSiam + MLM) + b MVS + c NNS with a = b = c = .2: .4 for the pair of the
+      originals, .2 for the other three pairs together. The released code gives each of the four .1, and .2 to SimSiam, MLM
+      and NNS; so do we. --w-clip --w-nn --w-ssl --w-mlm.
     - The paper's original text is the clean caption; the code's, and ours, the masked one (clean if --w-mlm is 0).
     - Also as released: a ViT's patch embedding stays random, nns is asked of pictures alone, the queue holds both texts, the
       text tower stays causal, so that mlm sees only what is to the left.
@@ -55,9 +57,9 @@ Where paper and released code part, and what this file does.
     - Released: logit_scale starts at ln(1/.07), is moved to [3, 6], cut at 100 in the loss. Ours: starts at 3, in [3, ln 100].
     - Released: WordNet with lemmas, phrases and a list of stop words, by textaugment. Ours: a table of single words; without
       one, swaps and deletions alone.
-    - Broken in the released code: a random word may be an end token, and the text is then read there; mlm is nan where no
-      word is masked; a batch that crosses the queue's end loses its rest; more than one neighbour, RN50 with synchronised
-      batch norm and fp16 do not run.
+    - Broken in the released code: a random word may be an end token, and the text is then read there (ours are ids below the
+      start token); mlm is nan where no word is masked (0); a batch that crosses the queue's end loses its rest (it goes on
+      at the start). These raise errors: RN50 with synchronised batch norm, fp16, several neighbours (here one).
     - Towers and AdamW are clip.py's (no bias in the text projection, eps 1e-6, vectors do not decay). The mask token is the
       last row of the embedding: CLIP and open_clip expect token_embedding.weight[:-1].
 
@@ -135,7 +137,8 @@ def multi_view_clip_loss(image_views, text_views, logit_scale):
     """
     with torch.autocast(image_views.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_views, text_views))
-        all_x, all_y = gather(torch.cat([x, y]).transpose(0, 1)).transpose(0, 1).split(2)  # [2, N, D] each, in one gather
+        rows = gather(torch.cat([x, y]).transpose(0, 1)).transpose(0, 1)  # [4, N, D]
+        all_x, all_y = rows[:2], rows[2:]
         rank = dist.get_rank() if all_x.shape[1] > x.shape[1] else 0
         labels = (torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]).repeat(4)  # where the own pairs stand
         image_logits = (logit_scale * x[:, None] @ all_y.mT).flatten(0, 2)  # [2, 1, B, D] @ [2, D, N] -> [4B, N]
@@ -144,8 +147,9 @@ def multi_view_clip_loss(image_views, text_views, logit_scale):
 
 
 def nearest_neighbor_loss(image_views, neighbors, logit_scale):
-    """Which of the N captions' neighbours is the picture's, mean over all pairs of views (section 3.3, nearest-neighbor
-    supervision). Asked of pictures alone, as in the released prototype/solver/declip_solver.py; neighbours get no gradient.
+    """Cross-entropy of each picture over N neighbours, one a caption; its label is the neighbour of its own caption. Mean over
+    all pairs of views (section 3.3, nearest-neighbor supervision; released: prototype/solver/declip_solver.py, which asks
+    pictures alone, too). Neighbours get no gradient.
 
     image_views: unit rows [2, B, D]; neighbors: unit rows [2, B, D], of each text view; logit_scale: the factor. Returns a
     scalar in at least fp32. The mean over ranks is the loss of the whole batch.
@@ -236,8 +240,9 @@ def mask_tokens(tokens, eot, mask_id, vocab, p=.15, generator=None):
 
 
 def pack_labels(labels, length):
-    """The labels [B, L] of mask_tokens that count, on the host, so that the head reads no other positions: places [M] in the
-    flattened [B, length], which holds them all, and targets [M]; targets of -100 make M a multiple of B: few shapes."""
+    """Where words are masked: labels [B, L] of mask_tokens -> places [M] in the flattened [B, length] (length: of the tokens
+    after cutting) and targets [M], so that the head reads no other positions. Padded with place 0 and target -100, which
+    counts for nothing, to a multiple of B: few shapes. On the host: a device would have to be waited for."""
     row, column = (labels != -100).nonzero(as_tuple=True)
     padding = 0, -len(row) % len(labels)
     return F.pad(row * length + column, padding), F.pad(labels[row, column], padding, value=-100)
@@ -253,7 +258,7 @@ def mlm_loss(logits, targets):
 
 
 def eda(caption, rng, synonyms=None):
-    """A caption with one change, of equal probability: two words swapped; each word dropped with probability .1; all
+    """A caption with one kind of change, each as likely: two words swapped; each word dropped with probability .1; all
     occurrences of a word replaced by a synonym (Wei & Zou 2019, without insertion; released: textaugment with n = 1).
 
     rng: random.Random. synonyms: {lower-case word: list of synonyms}; without it the first two. One word is left at least.
