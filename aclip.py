@@ -7,17 +7,23 @@ pays attention stay. No text enters that choice; the tower has learned from text
 masked ones, which two losses compare: with each other (SimCLR), and with the averaged tower's feature of the wide crop (BYOL).
 A trained model uses all patches, without the tuning on whole pictures that FLIP ends with.
 
-The loss. h_1, h_2: class tokens of the masked views, y: text features, h': the averaged tower's class token (no gradient):
+The loss. h_1, h_2: class tokens of the masked views after the last norm, W their projection, y: text features, h': the averaged
+tower's class token (no gradient):
 
-    score = mean over layers and heads of softmax(<q_class, k> / 8), the patches' part     [B, P], one for both views
+    score = mean over all layers and heads of softmax(<q_class, k> / 8), the patches' part of it     [B, P], one for both views
     view v keeps the better half of its cells of 2x2 patches, 25 of 49, by the score read inside its crop
     L = 1/2 [CLIP(W h_1, y) + CLIP(W h_2, y)] + NTXent(g(h_1), g(h_2); T = .1) + 2 mean_v (2 - 2 cos(r(p(h_v)), p'(h')))
 
-g, p, r: small networks with batch norm; p' is p averaged, r exists once. Each CLIP term is over its own N x N pairs; the text tower
-runs once. Before each step's look ema <- m ema + (1 - m) weights, m from .996 (--ema-momentum) to 1 along half a cosine.
+g, p, r: small networks with batch norm; p' is p averaged, r is on the trained side only. Each CLIP term is over its own N x N
+pairs; the text tower runs once. After each step ema <- m ema + (1 - m) weights, m from .996 (--ema-momentum) to 1 along half a
+cosine: an average, because it changes slowly, and with it what is hidden and what BYOL aims at.
 
-What it brings, by its README: ImageNet zero-shot of ViT-B-16 after 25 epochs of YFCC15M, single runs. CLIP 37.6 %; one random half
-35.0, two 38.0; one attentive half 39.5, two 41.3; with SimCLR and BYOL 43.9 (-eff 42.9). The paper: the least attended half 28.5.
+What it brings, by its README: ImageNet zero-shot of ViT-B-16 after 25 epochs of YFCC15M, single runs.
+    CLIP: all patches of one view            --mask none --views 1 --ssl 0          37.6 %
+    FLIP: a random half of one view, of two  --mask random --views 1 (or 2) --ssl 0     35.0, 38.0
+    the attentive half of one view, of two   --views 1 (or 2) --ssl 0                   39.5, 41.3
+    A-CLIP; A-CLIP-eff                       default; --ema-size 112                    43.9, 42.9
+The paper has 28.5 for the half that gets the least attention.
 
 The cost. ViT-B-16: 159 GFLOP a pair, 1.29 times CLIP's (two passes over 101 tokens and a forward one over 197); 1.08 times with
 --ema-size 112 (A-CLIP-eff). Its README clocks 1.16 and 0.86, where attention is unfused; we 1.28 and 1.05 on a CPU core
@@ -26,25 +32,28 @@ The cost. ViT-B-16: 159 GFLOP a pair, 1.29 times CLIP's (two passes over 101 tok
 How to run.
     python aclip.py                                                      drawn toy data, any machine, minutes
     torchrun --nproc_per_node=8 aclip.py --data yfcc15m --eval /imagenet/val       see RECIPES for the settings
-    python aclip.py --views 1 --ssl 0 --mask random          FLIP's masks; with --mask none CLIP, but for frozen patch weights
+    python aclip.py --mask none --views 1 --ssl 0                        CLIP, but for the frozen patch weights
 
 Trained and averaged model are both tested (the latter's results: "by EMA") and both in a checkpoint, under "model" and "ema";
 best.pt is best by their sum. masks.png is the paper's figure from your run: the attention, and what the masks leave.
 
 Where the released code (microsoft/A-CLIP) does otherwise, by its slips; here is what was meant.
     - Masks are off in its README's command (needs --mask-ratio above 0). Two whole views: 2.1 times CLIP's work.
-    - Its SimCLR compares view 1 with view 1: no more than a push apart. Ours compares view 1 with view 2.
-    - Its EMA crop misses a part of a view in 70 % of the samples (an index, an order); that part is dropped first.
+    - Its SimCLR compares view 1 with view 1: positives are equal, negatives alone have a gradient. Ours: view 1 with view 2.
+    - Its EMA crop, by a wrong index and a bound taken too early, misses a part of a view in 70 % of the samples; that part scores
+      0 and is dropped first.
     - ViT-S hands the mask ratio to the EMA tower too. With accumulation the EMA moves once a micro-batch.
-    - It does not start: a module is missing, and a name is misspelt. It reads long captions at a constant token, as SLIP does.
+    - It does not start: a module is missing, and a name is misspelt. Captions cut at 77 tokens lose their end token and are read
+      at the start token, a constant, as in SLIP.
 Where this file does otherwise, by choice.
     - OpenAI's ViT for timm's (a norm in front, 1e-5 in norms, heads of 64 in ViT-S), class token without decay; bicubic crops
       and OpenAI's mean.
-    - EMA of the whole model, not of the image tower and the text blocks alone. Scores one row a head, crops by one grid_sample.
+    - EMA of the whole model; theirs is of the image tower and the text blocks. Scores: one row a head; crops: one grid_sample.
     - The paper's figure gives the EMA tower the whole picture; here, as in the code, a crop around both views.
     - A-CLIP-eff is only named in the paper; that its positions are interpolated is our guess.
     - Colours jitter on the device; a flip of another method's --augment is left out, because crops must map onto each other.
-    - Batch norm is that of all ranks and both views; it keeps no running statistics, since only training needs it.
+    - Batch norm is that of all ranks, for a head's input as a whole (both views); it keeps no running statistics, since only
+      training needs it.
 
 Do the masks find the object? Not from the start: where a new tower's class token looks is chance. On toy, where random masks keep
 56 % of the drawn object, eight untrained seeds kept 18 to 84 %. The CLIP term finds it: without masks and SSL the token's favourites
@@ -158,15 +167,16 @@ def attentive_keep(score, boxes, grid=None):
         (B, P), boxes = score.shape, boxes.to(score.dtype)
         grid = grid or math.isqrt(P)
         side = 2 if grid % 2 == 0 and grid >= 8 else 1  # of a cell, in patches
-        view, wide = boxes[:, :2].transpose(0, 1).flatten(0, 1), boxes[:, 2].repeat(2, 1)  # [2B, 4]
-        # a place u in -1..1 of the view lies at scale * u + shift in the EMA view
-        scale = view[:, 2:] / wide[:, 2:]  # [2B, (y, x)]
-        shift = 2 * (view[:, :2] - wide[:, :2]) / wide[:, 2:] + scale - 1
+        view_box, wide_box = boxes[:, :2].transpose(0, 1).flatten(0, 1), boxes[:, 2].repeat(2, 1)  # [2B, 4]
+        # u in -1..1 of the view is pixel top + height (u + 1) / 2 of the picture; solved for the EMA view's u' = scale u + shift
+        scale = view_box[:, 2:] / wide_box[:, 2:]  # [2B, (y, x)]
+        shift = 2 * (view_box[:, :2] - wide_box[:, :2]) / wide_box[:, 2:] + scale - 1
         rows = [torch.diag_embed(scale.flip(1)), shift.flip(1)[..., None]]  # x before y
         places = F.affine_grid(torch.cat(rows, 2), (2 * B, 1, grid, grid), align_corners=False)  # centres of the view's patches
         maps = score.view(B, 1, math.isqrt(P), -1).repeat(2, 1, 1, 1)
         seen = F.grid_sample(maps, places, padding_mode="border", align_corners=False)  # [2B, 1, g, g]
-        best = F.avg_pool2d(seen, side).flatten(1).topk((grid // side) ** 2 // 2 + 1).indices  # [2B, k] cells
+        cells = F.avg_pool2d(seen, side).flatten(1)  # [2B, cells]
+        best = cells.topk(cells.shape[1] // 2 + 1).indices  # [2B, k]
         patches = torch.arange(grid ** 2, device=score.device).view(grid // side, side, grid // side, side)
         return patches.transpose(1, 2).reshape(-1, side * side)[best].flatten(1)  # of each cell its patches
 
@@ -412,8 +422,8 @@ class ACLIP(CLIP):
                 for width in (C, 256))
 
     def forward(self, images, tokens, keep=None):
-        """Views [v B, 3, S, S], view 1 first, tokens [B, L], their patches to keep [v B, k] or None for all -> unit image_features
-        [v B, D], unit text_features [B, D], logit_scale (the factor), SimCLR's projection and BYOL's prediction [v B, 256] or None."""
+        """Views [v*B, 3, S, S], view 1 first, tokens [B, L], patches to keep [v*B, k] or None for all -> unit image_features [v*B, D],
+        unit text_features [B, D], logit_scale (the factor), SimCLR's projection and BYOL's prediction [v*B, 256] or None."""
         x = self.visual.class_token(images, keep)
         image_features, text_features = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
                                          for x in (x @ self.visual.proj, self.encode_text(tokens)))
@@ -596,7 +606,8 @@ RECIPES = {  # batch size is global, warm-up in steps
                 ema_momentum=.9, eval="toy"),
     "small": dict(model="tiny-4", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="aclip", ssl_mlp_dim=512,
                   ema_momentum=.9),  # ours
-    # A-CLIP's README command for YFCC15M, 43.9 %; its code trains nothing else: epochs of CC3M and CC12M are SLIP's
+    # YFCC15M: the values of A-CLIP's README command (which forgets the masks); for masked views it reports 43.9 %. Epochs of CC3M
+    # and CC12M are SLIP's, whose README has no A-CLIP; a warm-up of one epoch
     "cc3m": dict(model="ViT-B-16", batch_size=4096, epochs=40, lr=5e-4, warmup=700, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096,
                  ema_momentum=.996),
     "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096,
@@ -790,7 +801,6 @@ def main(argv=None):
                                     for name in ("images", "colors", "keep"))
             if colors is not None:
                 images = data.augment(images, colors)
-            statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 with torch.no_grad():  # what the EMA tower says about the wide crop
                     if args.mask == "attentive" or args.ssl:
@@ -801,7 +811,8 @@ def main(argv=None):
                         target = ema.projector(class_token).repeat(2, 1)  # [2B, 256]
                 image_features, text_features, logit_scale, simclr, prediction = parallel(preprocess.normalize(images), batch["tokens"], keep)
             clip = torch.stack([clip_loss(x, text_features, logit_scale) for x in image_features.chunk(args.views)]).mean()
-            ntxent, byol = (ntxent_loss(*simclr.chunk(2), .1), byol_loss(prediction, target)) if args.ssl else clip.new_zeros(2)
+            ntxent = ntxent_loss(*simclr.chunk(2), .1) if args.ssl else clip.new_zeros(())
+            byol = byol_loss(prediction, target) if args.ssl else clip.new_zeros(())
             loss = clip + ntxent + 2 * byol
             losses = {"loss": loss, "clip": clip, "ntxent": ntxent, "byol": byol}
 
@@ -816,12 +827,10 @@ def main(argv=None):
             optimizer.step()
             scaler.update()
             with torch.no_grad():
-                for buffer, before in zip(model.buffers(), statistics):
-                    buffer.copy_(buffer.where(good, before))
                 model.logit_scale.clamp_(0, math.log(100))  # the parameter: clamping its exp would end its gradient at the bound
             step += 1
             momentum = lr_at(step, total, 0, args.ema_momentum, end=1.)
-            update_ema(ema, model, torch.where(good, momentum, 1.))  # that is, before its next forward pass
+            update_ema(ema, model, torch.where(good, momentum, 1.))
 
             # the host looks at the device only here
             sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
