@@ -10,20 +10,26 @@ mimicking the same first teacher: more than about 70 % cut at once loses much (s
 The loss. With unit rows x (image), y (text) of the student, u, v of the teacher, and one fixed scale s = 50 for both:
 
     A = softmax_row(s x y^T)    A* = softmax_row(s u v^T)    L_i2t = mean_i -sum_j A*_ij log A_ij    L_t2i: x and y, u and v swapped
-    L = alpha (L_i2t + L_t2i) / 2 + (1 - alpha) L_CLIP + l1 h + l2 h^2        alpha = 1 by default: no label is ever used
+    L = alpha (L_i2t + L_t2i) / 2 + (1 - alpha) L_CLIP        alpha = 1 by default: no label is ever used
 
 Only N x N affinities are compared, so the teacher's features may have another dimension. No gradient enters the teacher; it
-sees the student's crops and tokens. With --auto, h = max(0, target - share removed of attention and FFN weights) of both
-towers together, and l1, l2 are maximised: they grow while too little is gone. A gate z is a hard concrete variable: noise on
-a logit, through a sigmoid that is stretched beyond [0, 1] and cut. Gates multiply weights, z_hidden what enters the residual
-stream, z_heads the output of a head, z_ffn a channel after GELU, one draw a step for the whole batch; LayerNorms see open
-channels alone. After --prune-step steps the gates' values without noise are multiplied in and zeros cut out: a ragged dense
-model, with the outputs of the gated one; with a new optimizer it trains on.
+sees the student's crops and tokens.
+
+The gates (--auto). Each gate has a logit a, and one draw a step for the whole batch:
+
+    z = clip(1.2 sigmoid((logit(u) + a) / (2/3)) - .1, 0, 1)    u uniform; 0 and 1 have mass     P(z > 0) = sigmoid(a - 2/3 ln(.1/1.1))
+    L += l1 h + l2 h^2      h = max(0, target - share of both towers' attention and FFN weights that P(z > 0) lets expect to be gone)
+
+z_hidden [C] multiplies what is written to the residual stream: the embeddings (of the image tower before ln_pre) and what each
+attention and FFN adds; z_heads [L, H] a head's output; z_ffn [L, F] a channel after GELU. LayerNorms see open channels alone.
+l1 and l2 are maximised: they grow while too little is gone, and target rises to --auto over --sparsity-warmup steps. After
+--prune-step steps z without noise is multiplied in and zeros are cut out: a ragged dense model whose outputs are those of the
+model gated by these z; with a new optimizer it trains on.
 Each rank scores its rows against the columns of all, gathered with gradient; gates are drawn alike on all ranks: W ranks
 compute the loss and gradient of one process with all their pairs.
 
-The cost. Over CLIP on the same student the teacher's forward: 1.7 times for ViT-40M-32 from ViT-B-32, 1.3 to 1.7 for
-ViT-39M-16 from ViT-B-32 or -16; --cache-teacher-text saves a part (captions are not augmented, so it is exact). Under gates
+The cost. Over CLIP on the same student the teacher's forward: 1.7 times the FLOPs for ViT-40M-32 from ViT-B-32, 1.3 to 1.7 for
+ViT-39M-16 from ViT-B-32 or -16; --cache-teacher-text saves its text half (captions are not augmented: the same but for fp16). Under gates
 the student still has its full size. Claimed (README): with YFCC-15M 63.5 % on ImageNet for ViT-39M-16-Text-19M, 41.1 % for
 ViT-8M-16-Text-3M, where a CLIP of eleven times its size has 37.6 %; training 1.4 to 7.8 times faster through inheritance.
 
@@ -33,13 +39,16 @@ How to run.
     i=clip-toy; for s in 75 50 25; do python tinyclip.py --auto .$((100 - s)) --init runs/$i/last.pt --out runs/tiny-$s; i=tiny-$s; done
 
 Where paper and released code part, and what this file does.
-    - The paper pulls the share removed back from above, too; the code, and this file, only pushes it up.
+    - The paper also punishes removing too much; the code, and this file, only removing too little.
     - The code's pruning is not exact (it multiplies z_hidden into the projections and drops the output bias of attentions
-      without heads); here gated and pruned model agree. Both keep some closed gates: logits end at +-ln 100, P(z > 0) at .05.
+      without heads); here gated and pruned model agree. Logits end at +-ln 100, where P(z > 0) is still .05: of 100 closed gates
+      five survive, in both codes.
     - The code re-inflates a pruned model to put gates on it again; here gates stand on what is left. Shares are of the teacher.
-    - The code's gates differ between ranks; its scale is 14.3 in the first step; each tower has multipliers of its own.
-    - "Uniform" layers are the first ones unless the depth is halved or more (12 -> 9: 0..8). Paper: sum of both directions.
-    - ResNets keep the AdamW of ViTs, towers with batch norm the statistics of their rank (eval mode in the teacher).
+    - The code's gates differ between ranks; its scale is 14.3 in the first step, since it is set after each step only; each tower
+      has multipliers of its own. Its alpha 1, scale 50, gate lr .02 and first multipliers of 10 are ours too.
+    - "Uniform" layers are the first ones unless the depth is halved or more (12 -> 9: 0..8). The paper adds the two directions of
+      the loss, the code halves the sum.
+    - ResNets keep the AdamW of ViTs; towers with batch norm the statistics of their rank (eval mode in the teacher).
     - On a GPU the teacher's matrices are fp16, as in the official code. The activation is that of what is inherited; the
       code's students have exact GELU even from OpenAI's weights, which want QuickGELU.
 
@@ -155,9 +164,9 @@ def inherit(teacher_state, student_state, head_dim=64):
         value = teacher_state.get(source, own.new_empty(0))
         if value.numel() and "in_proj" in key:  # [3 * heads * 64, C] or [3 * heads * 64]
             value = value.unflatten(0, (3, -1, head_dim))[:, :len(own) // (3 * head_dim)].flatten(0, 2)
-        part = value[tuple(map(slice, own.shape))] if value.ndim == own.ndim else value
-        fixed = slice(2, None) if own.ndim == 4 else slice(0, "positional" in key)  # axes of space, of positions
-        if part.shape != own.shape or value.shape[fixed] != own.shape[fixed]:
+        part = value[tuple(map(slice, own.shape))] if value.ndim == own.ndim else value  # the leading channels of each axis
+        whole = (2, 3) if own.ndim == 4 else (0,) if "positional" in key else ()  # axes of space, of positions
+        if part.shape != own.shape or any(value.shape[axis] != own.shape[axis] for axis in whole):
             raise ValueError(f"{key} {list(own.shape)} cannot be cut out of {source} {list(value.shape)}")
         inherited[key] = part.detach().clone()
     return inherited
@@ -175,7 +184,8 @@ def shrink(state, share):
     (layers, text), (_, image) = find("transformer.resblocks."), find("visual.")
     width, step = (2 * len(conv), 4) if resnet else (len(conv), 64)
     narrow = step * max(1, round(width * share ** .5 / step))
-    kept = round(layers * (share + (share - (narrow / width) ** 2) * image / text))  # the image tower's parameters go with its width squared
+    # solves image (narrow / width)^2 + text kept / layers = share (image + text)
+    kept = round(layers * (share + (share - (narrow / width) ** 2) * image / text))
     return dict(embed_dim=state["text_projection"].shape[1], patch_size=None if resnet else conv.shape[-1], vision_width=narrow,
                 vision_layers=tuple(find(f"visual.layer{i}.")[0] for i in (1, 2, 3, 4)) if resnet else find("visual.transformer.resblocks.")[0],
                 text_width=len(state["ln_final.weight"]), text_layers=min(layers, max(1, kept)))
@@ -217,7 +227,8 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def hard(self):
-        """{kind: z} without noise: sigmoid(1.2 logits), the lowest of them 0, as many (in each layer) as are expected to be."""
+        """{kind: z} without noise: sigmoid(1.2 logits) (the official slope); of each layer (hidden: of the tower) the
+        round(sum of 1 - P(z > 0)) smallest are 0."""
         z = self.each(lambda logits: (1.2 * logits).sigmoid())
         for kind, p in self.probability().items():
             closed = (p.shape[-1] - p.sum(-1, keepdim=True)).round()
@@ -770,7 +781,7 @@ def init_distributed():
 # recipes and flags
 
 SIZES = ("vision_width", "vision_layers", "text_width", "text_layers")
-OFFICIAL = dict(  # manual_ and auto_weight_inherit_100to75.sh but for batch (32,768) and crop (.9, 1); 25 epochs: microsoft/Cream#244
+OFFICIAL = dict(  # manual_ and auto_weight_inherit_100to75.sh (there batch 32,768, crop (.9, 1)); 25 epochs: microsoft/Cream#244
     model="ViT-39M-16-Text-19M", batch_size=4096, epochs=25, lr=1e-4, warmup=2000, weight_decay=.2, augment="clip",
     prune_step=3000, sparsity_warmup=1000)
 RECIPES = {  # batch size is global, warm-up in steps; with --auto the warm-up is --prune-step, as in the official scripts
@@ -825,13 +836,13 @@ def parse_args(argv=None):
     add("--cache-teacher-text", action="store_true", help="encode all captions by the teacher beforehand and keep them on the device")
     add("--alpha", type=float, default=1., help="weight of affinity mimicking; 1 - alpha is that of CLIP's loss")
     add("--logit-scale", type=float, default=50., help="fixed scale of teacher and student, at most 100; 0: the teacher's own, the student's learned")
-    add("--shrink", type=float, metavar="SHARE", help="student: the teacher, brought to about this share of its parameters")
+    add("--shrink", type=float, metavar="SHARE", help="student: sizes that KEEP about this share of all the teacher's parameters")
     for size, what in zip(SIZES, ("image-width", "image-layers", "text-width", "text-layers")):
         add(f"--{what}", dest=size, type=positive, help="in place of the student's")
-    add("--auto", type=float, metavar="SPARSITY", help="student: --init, whose heads and channels go until this share of the teacher has gone")
+    add("--auto", type=float, metavar="SPARSITY", help="student: --init, whose gates REMOVE this share of the teacher's attention and FFN weights")
     add("--prune-step", type=positive, help="steps under gates, which are the warm-up too")
     add("--sparsity-warmup", type=positive, help="steps until all of SPARSITY is asked for; few of them, and Adam's momentum overshoots")
-    add("--gate-lr", type=float, default=.02, help="of gates and multipliers; gates need 250 steps of .02 to close")
+    add("--gate-lr", type=float, default=.02, help="of gates and multipliers; a gate needs 250 steps of .02 from open to half open")
     return parser.parse_args(argv)
 
 
