@@ -1,57 +1,59 @@
 """ProtoCLIP: CLIP that also groups; prototypes of one modality, found by K-means, teach the other modality its groups.
 
-The idea. CLIP pushes every picture away from every caption but its own, also where both show a dog. ProtoCLIP adds a
-task above the level of single pairs. Training goes in episodes of m pairs, far shorter than an epoch, so that groups stay
-fresh however large the data are. Before each, the features h of its m pairs are extracted (model in eval mode, pictures in
-random crops of their own) and K-means makes K = m / 10 prototypes of each modality. Then each picture is taught to recognise
-the group of its *caption*, and each caption the group of its *picture*. Groups are handed over without asking the modalities
-to lie in one place ("prototypical back translation"): a picture is not scored against the prototypes of captions, but
-against the mean of the pictures whose captions share a group. So a third grouping can come from a space of its own, such as
-a language model's features of the captions.
+The idea. CLIP pushes every picture away from every caption but its own, also where both show a dog. ProtoCLIP adds a task
+above the level of single pairs. Training goes in episodes of m pairs, drawn with replacement and far fewer than an epoch's,
+so that groups stay fresh however large the data are. Before each, the features h of its m pairs are extracted (model in eval
+mode, pictures cropped and recoloured anew) and K-means makes K = m / 10 prototypes of each modality. Then each picture is
+taught to recognise the group of its *caption*, and each caption the group of its *picture*. Groups are handed over without
+asking the modalities to lie in one place ("prototypical back translation"): a picture is not scored against the prototypes of
+captions, but against the mean of the pictures whose captions share a group. So a third grouping can come from a space of its
+own, such as a language model's features of the captions.
 
-The loss. z is a tower's output, x = z / |z| as in CLIP, and h = g(z) / |g(z)| behind a head g, which serves training alone.
-Of teacher modality y for student x: t the labels, C the centroids (plain means, not of unit norm), tau = --target-temperature.
-r is a learned scale of its own, beside CLIP's s.
+The loss. z is a tower's output and h = g(z) / |g(z)| its feature behind a head g, which serves training alone (the two heads
+start equal). A student modality learns the groups of a teacher modality: t_i is the teacher's group of pair i, C the teacher's
+centroids and C' their transpose (plain means, not of unit norm), D the student's means, T targets, tau = --target-temperature.
+r is a learned scale of its own, beside CLIP's s: the two softmaxes have other numbers of classes.
 
     D_k = mean of the student's h_i with t_i = k         T = softmax(C C' / tau) D   (T = D for the external teacher: hard)
     P(h, D, T, t) = mean_i [ log sum_k exp(r <h_i, D_k>)  -  r <h_i, T_(t_i)> ]
     L = L_clip + 1/2 [ P(image; text) + P(text; image) ] + 1/2 [ P(image; external) + P(text; external) ]
 
-which is the paper's cross-entropy with the soft targets softmax(C_t C' / tau), for a cross-entropy is linear in its target;
-so no step needs the K x K similarities. A target is a function of the label alone, nearly one-hot at tau = .01 but shared by
-groups that lie close together. D, T and t are constants of an episode (no momentum encoder, no queue): the gradient goes
-through h and r alone. P is a mean over samples against constants, so W ranks need no gather for it, and DDP's mean is exact.
-In the first --warmup-episodes L = L_clip: what an untrained model groups means nothing yet, and would outweigh L_clip in the
-gradient.
+where P(student; teacher) is the P above. It is the authors' cross-entropy with the soft targets q = softmax(C_t C' / tau),
+for sum_k q_k r <h, D_k> = r <h, sum_k q_k D_k> = r <h, T_t>; so no step needs the K x K similarities. A target is a function
+of the label alone, nearly one-hot at tau = .01 but shared by groups that lie close together, which K-means may have cut at
+chance. D, T and t are constants of an episode (no momentum encoder, no queue): the gradient goes through h and r alone. P is
+a mean over samples against constants, so W ranks need no gather for it, and DDP's mean is exact. In the first --warmup-
+episodes L = L_clip: what an untrained model groups means nothing yet.
 
-The cost. One more forward pass over each pair (+33 %), and a second reading of it, for which the authors' runs took 1.8 times
-as long as CLIP's; K-means +1 %, the losses below +1 %.
+The cost in FLOPs (RN50): one more forward pass over each pair, +33 %; K-means +1 %, the losses below +1 %. Each pair is also
+read and decoded twice, which is why the authors' runs took 1.8 times as long as CLIP's.
 
 How to run.
     python protoclip.py                                                  drawn toy data, any machine, minutes
     torchrun --nproc_per_node=8 protoclip.py --data cc3m --eval /imagenet/val       see RECIPES for the settings
-    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy       the paper's best
-    python clip.py --data cc3m --augment protoclip                       the baseline; the paper's own had fewer augmentations
-    python protoclip.py --w-proto 0                                      the same code without prototypes, nothing extracted
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy       the authors' best
+    python clip.py --data cc3m --augment protoclip                       the baseline; the authors' own had fewer augmentations
+    python protoclip.py --w-proto 0                                      no prototypes, nothing extracted (a teacher: --w-teacher 0)
 
 The file of --teacher-features: floats [M, any], row i for the i-th pair in use, saved by numpy.save. The authors' is made
 with transformers' roberta-large: last_hidden_state of each caption, cut to 77 ids, mean over the positions (theirs takes in
 the padding, with id 0; leaving it out is saner), rows to unit norm, PCA to 64 dimensions without whitening. "captions" in
-place of a file makes one of the captions alone: TF-IDF, which is ours and not the paper's; it stays in --out.
+place of a file makes one of the captions alone: TF-IDF, which is ours and not the authors'; it stays in --out.
 
-What to expect (authors' README, RN50, 2.5 M pairs of CC3M): zero-shot ImageNet 21.47 % (CLIP 19.46), linear probe 55.22
-(49.41), COCO retrieval 35.69 (36.48); on YFCC15M, CLIP's accuracy in a third of its time. But their CLIP was augmented less,
-and their probe reads the training set in order of class and reports the best of 100 accuracies on the test set.
+What to expect (authors' README, RN50, 2.5 M pairs of CC3M, with RoBERTa): zero-shot ImageNet 21.47 % (CLIP 19.46), linear
+probe 55.22 (49.41), COCO mean recall 35.69 (36.48); on YFCC15M, CLIP's accuracy in a third of its time. But their CLIP was
+augmented less, and their probe reads the training set in order of class and reports the best of 100 accuracies on the test set.
 
-Where paper, released code and this file part. The body of the paper was not at hand: this follows the released code, but
+Where released code and this file part. The body of the paper was not at hand: "authors" are their code and README here.
     - gradients are those of the whole batch; theirs are divided by W in towers and heads, so that --clip-grad bites W times
       earlier here (the log has grad_norm);
-    - an episode's sample is a function of (seed, episode); theirs is lost on resume, ranks disagree on it after each of its
-      t-SNE pictures (external labels of other samples), and a clustering every second episode meets labels of other samples.
-      It is whole batches (theirs groups an incomplete last one, but does not train on it);
+    - an episode's sample is a function of (seed, episode). Theirs: a resumed run begins with the first samples again; after rank 0
+      has drawn a t-SNE picture ranks draw other samples than it, with its external labels; clustering every second episode keeps
+      labels for samples that are drawn anew. Ours is whole batches (theirs groups an incomplete last one, not trained on);
     - K-means runs on all ranks, which exchange sums (theirs: on one, results through files, so one machine); the rules are
       faiss's, the random choices our own; the best restart is that of the best final objective (theirs: one step before);
-    - no "locked image" in the last two episodes: it has no effect at their settings. Prototypes are on by default;
+    - no "locked image": their last two episodes set the image tower's learning rate to 0, where the schedule has brought it near 0
+      anyway. Prototypes, heads and soft targets are on by default (theirs: off, each by a flag of its own);
     - towers are ours (GELU for QuickGELU), long captions keep their end token, the blur is at the scale of the picture;
     - a bad step leaves no trace in the running statistics of batch norms, with which features are extracted.
 Batch norm, in heads too, uses the statistics of its own rank, and rank 0's running ones, as theirs does.
@@ -135,7 +137,7 @@ def sample_episode(seed, episode, size, length):
 @torch.no_grad()
 def kmeans(x, k, iters=20, restarts=3, seed=0):
     """Lloyd's algorithm under the rules of faiss.Kmeans, which the released code calls (training/clustering.py): Euclidean,
-    centroids are plain means; an empty cluster takes half of another, chosen by its size; the best of some restarts.
+    centroids are plain means; an empty cluster moves beside another, drawn by its size; the best of some restarts.
 
     x: this rank's rows [n, d], r, r + W, ... of the whole; all ranks call it, and sums alone travel, in float64.
     Returns the labels [n] of these rows, centroids [k, d] and objective (float, the sum over the whole of the squared
@@ -878,7 +880,8 @@ def main(argv=None):
                 D = cluster_means(h, t, k)
                 found.append(torch.stack([D, expected_target(C, D, temperature)]))
         places = gather(torch.stack([*(t for _, t, _, _ in taught), index], 1))  # [m, terms + 1], rank-major
-        *t, index = places.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1).T.contiguous()  # in the order of training
+        places = places.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)  # row j of rank r is place j W + r
+        *t, index = places.T.contiguous()
         # the row belongs to the step that follows: a run that resumes here cuts it and writes it again
         log(step=step + 1, episode=episode, extract_seconds=extracted - start, cluster_seconds=time.perf_counter() - extracted,
             image_objective=image_objective / len(index), text_objective=text_objective / len(index))
@@ -893,8 +896,8 @@ def main(argv=None):
     bad_in_a_row, results = 0, None
     for episode in range(step // steps, episodes):
         batches.epoch, batches.indices = episode, sample_episode(args.seed, episode, args.episode_size, len(dataset))
-        warm = episode >= args.warmup_episodes  # a factor
-        w_proto, w_teacher = warm * args.w_proto, warm * args.w_teacher * (teacher is not None)
+        grouped = episode >= args.warmup_episodes  # a factor
+        w_proto, w_teacher = grouped * args.w_proto, grouped * args.w_teacher * (teacher is not None)
         if step % steps == 0 and (w_proto or w_teacher):
             batches.start, batches.stream = 0, 1  # the same samples in the same order, in crops of their own
             prototypes, labels, samples = find_prototypes()
