@@ -19,7 +19,7 @@ pairs; the text tower runs once. After each step ema <- m ema + (1 - m) weights,
 cosine: an average, because it changes slowly, and with it what is hidden and what BYOL aims at.
 
 What it brings, by its README: ImageNet zero-shot of ViT-B-16 after 25 epochs of YFCC15M, single runs.
-    CLIP: all patches of one view            --mask none --views 1 --ssl 0          37.6 %
+    CLIP: all patches of one view            --mask none --views 1 --ssl 0 (and --augment clip)     37.6 %
     FLIP: a random half of one view, of two  --mask random --views 1 (or 2) --ssl 0     35.0, 38.0
     the attentive half of one view, of two   --views 1 (or 2) --ssl 0                   39.5, 41.3
     A-CLIP; A-CLIP-eff                       default; --ema-size 112                    43.9, 42.9
@@ -32,7 +32,8 @@ The cost. ViT-B-16: 159 GFLOP a pair, 1.29 times CLIP's (two passes over 101 tok
 How to run.
     python aclip.py                                                      drawn toy data, any machine, minutes
     torchrun --nproc_per_node=8 aclip.py --data yfcc15m --eval /imagenet/val       see RECIPES for the settings
-    python aclip.py --mask none --views 1 --ssl 0                        CLIP, but for the frozen patch weights
+    python aclip.py --mask none --views 1 --ssl 0 --out runs/plain       CLIP, but for the frozen patch weights
+    python eval.py runs/aclip-toy/last.pt --data toy --weights ema       the averaged model
 
 Trained and averaged model are both tested (the latter's results: "by EMA") and both in a checkpoint, under "model" and "ema";
 best.pt is best by their sum. masks.png is the paper's figure from your run: the attention, and what the masks leave.
@@ -116,8 +117,8 @@ def clip_loss(image_features, text_features, logit_scale):
     """Symmetric InfoNCE of CLIP (section 2.3, figure 3) over all ranks, for the rows of this rank.
 
     image_features, text_features: unit rows [B, D], row i of one belonging to row i of the other; B equal on all ranks.
-    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: in bf16 a
-    logit near 100 is off by up to 0.13.
+    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: near
+    100, bf16 knows multiples of .5 alone.
     The mean over ranks is the loss of the whole batch; ln N for uninformative features.
     """
     with torch.autocast(image_features.device.type, enabled=False):
@@ -706,7 +707,7 @@ def main(argv=None):
 
     # model
     torch.manual_seed(args.seed)
-    tokenizer = data.find_tokenizer(args.bpe, args.data)
+    tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
     preprocess = data.Preprocess(args.image_size)
     grid = args.image_size // patch
     dataset.transform = partial(aclip_views, tokenizer=tokenizer, size=args.image_size, augment=args.augment, views=args.views,

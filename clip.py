@@ -84,8 +84,8 @@ def clip_loss(image_features, text_features, logit_scale):
     """Symmetric InfoNCE of CLIP (section 2.3, figure 3) over all ranks, for the rows of this rank.
 
     image_features, text_features: unit rows [B, D], row i of one belonging to row i of the other; B equal on all ranks.
-    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: in bf16 a
-    logit near 100 is off by up to 0.13.
+    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: near
+    100, bf16 knows multiples of .5 alone.
     The mean over ranks is the loss of the whole batch; ln N for uninformative features.
     """
     with torch.autocast(image_features.device.type, enabled=False):
@@ -532,7 +532,7 @@ def main(argv=None):
 
     # model
     torch.manual_seed(args.seed)
-    tokenizer = data.find_tokenizer(args.bpe, args.data)
+    tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
     preprocess = data.Preprocess(args.image_size)
     dataset.transform = partial(views, tokenizer=tokenizer, size=args.image_size, augment=args.augment)
     loader = data.loader(dataset, batches, args.workers, device)
@@ -549,7 +549,8 @@ def main(argv=None):
             module.checkpoint_activations = args.checkpoint_activations
     if args.model == "RN50":
         model.visual.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)  # OpenAI's for ViTs
+    # OpenAI's for ViTs, here for all towers; theirs for ResNets: (.9, .999), 1e-8
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     step, best, failed, bad = 0, -1., 0, 0
     if saved:

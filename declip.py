@@ -24,7 +24,8 @@ clip, nns and mlm of W ranks are those of one process with the whole batch: the 
 the same on each, mlm divides by the words masked on all ranks. ssl is not, nor RN50: batch norm has its rank's statistics.
 
 What it brought (paper; RN50 on CC3M, ImageNet): CLIP 20.6 %, with MVS 24.8, SimSiam and MLM too 25.4, NNS too 27.2. MVS
-came with stronger augmentation: the baseline that has it too is clip.py --augment declip.
+came with stronger augmentation: the baseline that has it too is clip.py --augment declip (on cc3m,
+where the recipes agree).
 
 The cost. Twice CLIP, for each tower runs twice; heads, queue and masked words add 2 % (ViT-B-32). The released code guesses
 words at all 77 positions, masked or not: a quarter of CLIP more, and 6 GB for 128 pairs instead of .3.
@@ -32,7 +33,7 @@ words at all 77 positions, masked or not: a quarter of CLIP more, and 6 GB for 1
 How to run.
     python declip.py                                                      drawn toy data, any machine, minutes
     torchrun --nproc_per_node=8 declip.py --data cc3m --synonyms synonyms.tsv --eval /imagenet/val
-    python declip.py --w-nn 0 --w-ssl 0 --w-mlm 0                         CLIP on all pairs of views
+    python declip.py --w-nn 0 --w-ssl 0 --w-mlm 0 --out runs/views        CLIP on all pairs of views
 The table of synonyms comes from WordNet's text files (wordnet.princeton.edu) by
 
     import collections, glob
@@ -115,8 +116,8 @@ def clip_loss(image_features, text_features, logit_scale):
     """Symmetric InfoNCE of CLIP (section 2.3, figure 3) over all ranks, for the rows of this rank.
 
     image_features, text_features: unit rows [B, D], row i of one belonging to row i of the other; B equal on all ranks.
-    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: in bf16 a
-    logit near 100 is off by up to 0.13.
+    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: near
+    100, bf16 knows multiples of .5 alone.
     The mean over ranks is the loss of the whole batch; ln N for uninformative features.
     """
     with torch.autocast(image_features.device.type, enabled=False):
@@ -776,7 +777,7 @@ def main(argv=None):
 
     # model
     torch.manual_seed(args.seed)
-    tokenizer = data.find_tokenizer(args.bpe, args.data)
+    tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
     preprocess = data.Preprocess(args.image_size)
     dataset.transform = partial(declip_views, tokenizer=tokenizer, size=args.image_size, augment=args.augment,
                                 p=.15 if args.w_mlm else 0., synonyms=synonyms)
@@ -798,7 +799,8 @@ def main(argv=None):
             module.checkpoint_activations = args.checkpoint_activations
     if args.model == "RN50":
         model.visual.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)  # OpenAI's for ViTs
+    # OpenAI's for ViTs, here for all towers; theirs for ResNets: (.9, .999), 1e-8
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     step, best, failed, bad = 0, -1., 0, 0
     if saved:

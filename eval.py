@@ -205,7 +205,8 @@ def encode_images(model, dataset, preprocess, amp=None, batch_size=256, workers=
     mine, rows = range(rank, -(-len(dataset) // world) * world, world), []  # equally many on all ranks
     loader = torch.utils.data.DataLoader(
         Pictures(dataset, preprocess.size), batch_size, sampler=mine, num_workers=workers,
-        pin_memory=device.type == "cuda", generator=torch.Generator())  # its own, so that the global one stays as it is
+        pin_memory=device.type == "cuda", worker_init_fn=data.deaf,
+        generator=torch.Generator())  # its own, so that the global one stays as it is
     for images, index in loader:
         with torch.autocast(device.type, amp, enabled=amp is not None):
             x = model.encode_image(preprocess.normalize(images.to(device, non_blocking=True)))
@@ -269,7 +270,7 @@ def read_lines(path):
     return Path(path).read_text("utf-8", "replace").rstrip().splitlines() if os.path.isfile(path) else None
 
 
-def open_test(spec, split="test", root=None, download=False):
+def open_test(spec, split="test", root=None, download=False, classnames=None):
     """The test set `spec` (see the top of the file); split="train": the training split of toy and of torchvision's.
     root: folder of torchvision's files (else $CLIP_DATA, else ./datasets). SystemExit if there is no such set."""
     if spec == "toy":
@@ -293,7 +294,11 @@ def open_test(spec, split="test", root=None, download=False):
             pictures = ()
         if not len(pictures):
             raise SystemExit(f"{spec} holds neither tars nor a sub-folder of pictures for each class")
-        return Labelled(pictures, read_lines(folder / "classnames.txt"))
+        names = classnames or read_lines(folder / "classnames.txt")
+        if split == "test" and not names and all(re.fullmatch(r"n\d{8}", name) for name in pictures.classes):
+            raise SystemExit(f"{spec}: its folders have WordNet's numbers, as ImageNet's, and no names: put a classnames.txt beside "
+                             "them, whose line i names the i-th folder")
+        return Labelled(pictures, names)
     if not any(map(os.path.exists, data.expand(str(folder)))):
         raise SystemExit(f"there is no test set {spec}; give a path, or one of toy, {', '.join(DATASETS)}")
     if folder.suffix in (".tsv", ".csv", ".jsonl"):
@@ -338,7 +343,7 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
     train = train or tests
     if (probe or neighbors) and (len(train) != len(tests) or set(train) & set(tests) - {"toy", *DATASETS}):
         raise SystemExit("--probe and --knn need --train: a training set for each test, other than the test itself")
-    sets = [open_test(spec, "test", root, download) for spec in tests]  # all at once: a wrong name is to cost no hour
+    sets = [open_test(spec, "test", root, download, classnames) for spec in tests]  # all at once: a wrong name is to cost no hour
     train_sets = [open_test(spec, "train", root, download) for spec in train if probe or neighbors]
     box, modes = [{}], [(module, module.training) for module in model.modules()]
     if distributed := rank_and_world()[1] > 1:
@@ -393,18 +398,19 @@ def summary(results):
 
 # a trained model
 
-def load(path, device="cpu"):
+def load(path, device="cpu", weights="model"):
     """A checkpoint of one of the scripts -> model in eval mode, tokenizer, preprocess (data.Preprocess). The file is
-    read as data (weights_only), its script must be a file beside this one; SystemExit for any other file."""
+    read as data (weights_only), its script must be a file beside this one; SystemExit for any other file. weights:
+    "model", or "ema", the average that A-CLIP keeps."""
     if not os.path.isfile(path):
         raise SystemExit(f"there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SystemExit(f"{path} is not a whole checkpoint of these scripts ({type(error).__name__})") from None
-    keys = {"script", "model", "sizes", "preprocess", "merges", "context"}
+    keys = {"script", weights, "sizes", "preprocess", "merges", "context"}
     if not isinstance(checkpoint, dict) or keys - set(checkpoint):
-        raise SystemExit(f"{path} is no checkpoint of these scripts; other CLIP weights enter by a script's --init")
+        raise SystemExit(f"{path} is no checkpoint of these scripts with {weights!r}; other CLIP weights enter by a script's --init")
     script = str(checkpoint["script"])
     file = Path(__file__).resolve().parent / f"{script}.py"
     found = re.fullmatch("[a-z]+", script) and file.is_file() and importlib.util.find_spec(script)  # runs nothing yet
@@ -414,7 +420,7 @@ def load(path, device="cpu"):
     cls = next((c for name, c in vars(module).items() if name.lower() == script and isinstance(c, type)), None)
     if cls is None:
         raise SystemExit(f"{path}: there is no model in {file.name}")
-    model = module.build(checkpoint["model"], cls, **checkpoint["sizes"]).to(device).eval()
+    model = module.build(checkpoint[weights], cls, **checkpoint["sizes"]).to(device).eval()
     merges = [tuple(line.split(" ")) for line in checkpoint["merges"].split("\n") if line]
     return model, data.Tokenizer(merges, checkpoint["context"]), data.Preprocess(**checkpoint["preprocess"])
 
@@ -423,6 +429,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="last.pt or best.pt of a run")
+    add("--weights", choices=("model", "ema"), default="model", help="ema: the average that A-CLIP keeps")
     add("--data", metavar="TESTS", help="comma list of test sets: paths, or " + ", ".join(["toy", *DATASETS]))
     add("--data-root", metavar="DIR", help="folder of torchvision's files (default $CLIP_DATA or ./datasets)")
     add("--download", action="store_true", help="let torchvision download what is missing")
@@ -446,7 +453,7 @@ def main(argv=None):
     cuda = torch.cuda.is_available()
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[
         args.amp or ("bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "off")]
-    model, tokenizer, preprocess = load(args.checkpoint, "cuda" if cuda else "cpu")
+    model, tokenizer, preprocess = load(args.checkpoint, "cuda" if cuda else "cpu", args.weights)
     if args.data:
         tests, train = (names and names.split(",") for names in (args.data, args.train))
         results = evaluate(model, tokenizer, preprocess, tests, amp, args.workers, templates or TEMPLATES, classnames,

@@ -31,9 +31,9 @@ read and decoded twice, which is why the authors' runs took 1.8 times as long as
 How to run.
     python protoclip.py                                                  drawn toy data, any machine, minutes
     torchrun --nproc_per_node=8 protoclip.py --data cc3m --eval /imagenet/val       see RECIPES for the settings
-    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy       the authors' best
-    python clip.py --data cc3m --augment protoclip                       the baseline; the authors' own had fewer augmentations
-    python protoclip.py --w-proto 0                                      no prototypes, nothing extracted (a teacher: --w-teacher 0)
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy --out runs/roberta        the authors' best
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --w-proto 0 --out runs/baseline        CLIP, nothing extracted, but with these
+                                                                         pictures and settings; the authors' had fewer augmentations
 
 The file of --teacher-features: floats [M, any], row i for the i-th pair in use, saved by numpy.save. The authors' is made
 with transformers' roberta-large: last_hidden_state of each caption, cut to 77 ids, mean over the positions (theirs takes in
@@ -111,8 +111,8 @@ def clip_loss(image_features, text_features, logit_scale):
     """Symmetric InfoNCE of CLIP (section 2.3, figure 3) over all ranks, for the rows of this rank.
 
     image_features, text_features: unit rows [B, D], row i of one belonging to row i of the other; B equal on all ranks.
-    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: in bf16 a
-    logit near 100 is off by up to 0.13.
+    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: near
+    100, bf16 knows multiples of .5 alone.
     The mean over ranks is the loss of the whole batch; ln N for uninformative features.
     """
     with torch.autocast(image_features.device.type, enabled=False):
@@ -751,7 +751,7 @@ def main(argv=None):
 
     # model
     torch.manual_seed(args.seed)
-    tokenizer = data.find_tokenizer(args.bpe, args.data)
+    tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
     preprocess = data.Preprocess(args.image_size)
     dataset.transform = partial(views, tokenizer=tokenizer, size=args.image_size, augment=args.augment)
     loader = data.loader(dataset, batches, args.workers, device)

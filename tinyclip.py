@@ -49,7 +49,7 @@ Where paper and released code part, and what this file does.
     - "Uniform" layers are the first ones unless the depth is halved or more (12 -> 9: 0..8). The paper adds the two directions of
       the loss, the code halves the sum.
     - ResNets keep the AdamW of ViTs; towers with batch norm the statistics of their rank (eval mode in the teacher).
-    - On a GPU the teacher's matrices are fp16, as in the official code. The activation is that of what is inherited; the
+    - On a GPU the teacher computes in fp16, as in the official code; here its matrices are stored so, too. The activation is that of what is inherited; the
       code's students have exact GELU even from OpenAI's weights, which want QuickGELU.
 
 Sources: Wu et al. 2023 (arXiv 2309.12314), github.com/microsoft/Cream TinyCLIP; gates: princeton-nlp/CoFiPruning, Louizos
@@ -105,8 +105,8 @@ def clip_loss(image_features, text_features, logit_scale):
     """Symmetric InfoNCE of CLIP (section 2.3, figure 3) over all ranks, for the rows of this rank.
 
     image_features, text_features: unit rows [B, D], row i of one belonging to row i of the other; B equal on all ranks.
-    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: in bf16 a
-    logit near 100 is off by up to 0.13.
+    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: near
+    100, bf16 knows multiples of .5 alone.
     The mean over ranks is the loss of the whole batch; ln N for uninformative features.
     """
     with torch.autocast(image_features.device.type, enabled=False):
@@ -791,7 +791,7 @@ RECIPES = {  # batch size is global, warm-up in steps; with --auto the warm-up i
                   prune_step=200, sparsity_warmup=200),  # ours
     "cc3m": OFFICIAL | dict(batch_size=1024),  # nothing official for cc3m and cc12m
     "cc12m": OFFICIAL,
-    "yfcc15m": OFFICIAL,  # README: 63.5 %, there from ViT-B-16
+    "yfcc15m": OFFICIAL,  # README: 63.5 %; from which teacher, in how many stages, it does not say
 }
 
 
@@ -856,6 +856,8 @@ def main(argv=None):
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.logit_scale > 100:
+        raise SystemExit(f"--logit-scale {args.logit_scale} is above 100, where the student's is cut")
     if args.auto:
         args.model, args.warmup = None, args.prune_step
         if args.init == "none" or args.checkpoint_activations or any(getattr(args, name) for name in ("shrink", *SIZES)):
@@ -892,7 +894,7 @@ def main(argv=None):
         loaded["--init"] = TinyCLIP.from_pretrained(args.init, "--init", args.quick_gelu)
     teacher, tokenizer, preprocess = loaded["--teacher"]
     source, *_ = loaded.get("--init", loaded["--teacher"])
-    tokenizer = (not args.bpe and tokenizer) or data.find_tokenizer(args.bpe, args.data)
+    tokenizer = (not args.bpe and tokenizer) or data.find_tokenizer(args.bpe, args.data, args.data_root)
     for flag, (net, words, pictures) in loaded.items():
         if (words or tokenizer).merges != tokenizer.merges or (
                 len(net.token_embedding.weight), len(net.positional_embedding)) != (tokenizer.vocab_size, tokenizer.context):
@@ -931,7 +933,8 @@ def main(argv=None):
     for net in (model, teacher):
         if isinstance(net.visual, ModifiedResNet):
             net.visual.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)  # OpenAI's for ViTs
+    # OpenAI's for ViTs, here for all towers; theirs for ResNets: (.9, .999), 1e-8
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
     if gated:
         for group in model.open_gates(args.gate_lr):
             optimizer.add_param_group(group)

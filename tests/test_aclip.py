@@ -454,7 +454,7 @@ def test_run_leaves_what_it_promises(finished):
     model, tokenizer, preprocess = evaluator.load(finished / "last.pt")
     assert isinstance(model, aclip.ACLIP) and model.encode_text(tokenizer(["a red circle"])).shape == (1, 128)
     online = {name: p.clone() for name, p in model.state_dict().items()}
-    model.load_state_dict(state["ema"])  # the averaged model, as the docstring says
+    model, *_ = evaluator.load(finished / "last.pt", weights="ema")  # the averaged model
     assert all(torch.equal(p, online[name]) == (name == "visual.conv1.weight") for name, p in model.named_parameters())
     assert set(aclip.load_clip_state(finished / "last.pt")) == {n for n in online if n.startswith(aclip.ENCODERS)}
     torch.manual_seed(0)
@@ -552,4 +552,5 @@ def test_recipes_are_complete():
 @pytest.mark.parametrize("amp", ("bf16", "fp16"))
 def test_trains_on_the_gpu(amp, tmp_path):
     aclip.main(RUN + ["--out", str(tmp_path), "--amp", amp, "--epochs", "6"])
-    assert rows(tmp_path)[-1]["loss"] < rows(tmp_path)[0]["loss"]
+    seen = [row["loss"] for row in rows(tmp_path) if row["loss"] is not None]  # fp16's first scale may be too large
+    assert seen[-1] < seen[0]

@@ -445,7 +445,8 @@ def test_recipes_are_complete():
 @pytest.mark.parametrize("amp", ("bf16", "fp16"))
 def test_trains_on_the_gpu(amp, tmp_path):
     clip.main(RUN + ["--out", str(tmp_path), "--amp", amp, "--epochs", "6"])
-    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+    seen = [loss for loss in losses(tmp_path) if loss is not None]  # fp16's first scale may be too large
+    assert seen[-1] < seen[0]
 
 
 def test_batch_norms_survive_a_bad_step(monkeypatch, tmp_path):

@@ -450,6 +450,12 @@ def test_unknown_tests_are_explained(tmp_path):
     (tmp_path / "flat" / "class").mkdir()
     with pytest.raises(SystemExit, match="sub-folder"):
         evaluator.open_test(str(tmp_path / "flat"))
+    (tmp_path / "imagenet" / "n01440764").mkdir(parents=True)
+    (tmp_path / "imagenet" / "n01440764" / "a.png").write_bytes(picture(0))
+    with pytest.raises(SystemExit, match="classnames.txt"):
+        evaluator.open_test(str(tmp_path / "imagenet"))
+    assert evaluator.open_test(str(tmp_path / "imagenet"), classnames=["tench"]).classnames == ["tench"]
+    assert len(evaluator.open_test(str(tmp_path / "imagenet"), "train")) == 1  # a probe needs no names
     write_tar(tmp_path / "bare" / "0.tar", [{"png": picture(0), "cls": b"0"}])
     with pytest.raises(SystemExit, match="--classnames"):
         evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [str(tmp_path / "bare")])

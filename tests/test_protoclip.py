@@ -495,3 +495,11 @@ def test_recipes_are_complete():
     # the released run: 400 episodes of 390 batches, warmed up in the first 40
     m, batch = 200_000 // 512 * 512, 512
     assert m // batch == 390 and round(32 * 2_500_000 / m) in (400, 401)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ("bf16", "fp16"))
+def test_trains_on_the_gpu(amp, tmp_path):
+    protoclip.main(RUN + ["--out", str(tmp_path), "--amp", amp, "--epochs", "6", "--warmup-episodes", "0", "--teacher-features", "captions"])
+    seen = [loss for loss in rows_with("clip", tmp_path) if loss is not None]  # fp16's first scale may be too large
+    assert seen[-1] < seen[0] and len(rows_with("cluster_seconds", tmp_path)) > 1

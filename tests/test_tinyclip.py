@@ -578,4 +578,5 @@ def test_recipes_are_complete():
 @pytest.mark.parametrize("amp", ("bf16", "fp16"))
 def test_trains_on_the_gpu(amp, teacher, tmp_path):
     tinyclip.main(RUN + teacher + AUTO + ["--out", str(tmp_path), "--amp", amp, "--cache-teacher-text"])
-    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
+    seen = [row["loss"] for row in rows(tmp_path) if row["loss"] is not None]  # fp16's first scale may be too large
+    assert len(seen) > 1 and all(map(math.isfinite, seen))
