@@ -24,8 +24,8 @@ clip, nns and mlm of W ranks are those of one process with the whole batch: the 
 the same on each, mlm divides by the words masked on all ranks. ssl is not, nor RN50: batch norm has its rank's statistics.
 
 What it brought (paper; RN50 on CC3M, ImageNet): CLIP 20.6 %, with MVS 24.8, SimSiam and MLM too 25.4, NNS too 27.2. MVS
-came with stronger augmentation: the baseline that has it too is clip.py --augment declip (on cc3m,
-where the recipes agree).
+came with stronger augmentation: the baseline that has it too is clip.py --augment declip (on cc3m
+with --epochs 32; elsewhere the recipes differ).
 
 The cost. Twice CLIP, for each tower runs twice; heads, queue and masked words add 2 % (ViT-B-32). The released code guesses
 words at all 77 positions, masked or not: a quarter of CLIP more, and 6 GB for 128 pairs instead of .3.

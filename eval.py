@@ -272,7 +272,8 @@ def read_lines(path):
 
 def open_test(spec, split="test", root=None, download=False, classnames=None):
     """The test set `spec` (see the top of the file); split="train": the training split of toy and of torchvision's.
-    root: folder of torchvision's files (else $CLIP_DATA, else ./datasets). SystemExit if there is no such set."""
+    root: folder of torchvision's files (else $CLIP_DATA, else ./datasets); classnames: in place of the folders' names.
+    SystemExit if there is no such set."""
     if spec == "toy":
         return data.ToyDataset(2048, None, "test", seed=int(split == "train"))  # other pictures of the same 16 classes
     if spec in DATASETS:

@@ -29,8 +29,8 @@ Each rank scores its rows against the columns of all, gathered with gradient; ga
 compute the loss and gradient of one process with all their pairs.
 
 The cost. Over CLIP on the same student the teacher's forward: 1.7 times the FLOPs for ViT-40M-32 from ViT-B-32, 1.3 to 1.7 for
-ViT-39M-16 from ViT-B-32 or -16; --cache-teacher-text saves its text half (captions are not augmented: the same but for fp16). Under gates
-the student still has its full size. Claimed (README): with YFCC-15M 63.5 % on ImageNet for ViT-39M-16-Text-19M, 41.1 % for
+ViT-39M-16 from ViT-B-32 or -16; --cache-teacher-text saves its text half (captions are not augmented: the same but for fp16).
+Under gates the student still has its full size. Claimed (README): with YFCC-15M 63.5 % on ImageNet for ViT-39M-16-Text-19M, 41.1 % for
 ViT-8M-16-Text-3M, where a CLIP of eleven times its size has 37.6 %; training 1.4 to 7.8 times faster through inheritance.
 
 How to run.
@@ -49,8 +49,8 @@ Where paper and released code part, and what this file does.
     - "Uniform" layers are the first ones unless the depth is halved or more (12 -> 9: 0..8). The paper adds the two directions of
       the loss, the code halves the sum.
     - ResNets keep the AdamW of ViTs; towers with batch norm the statistics of their rank (eval mode in the teacher).
-    - On a GPU the teacher computes in fp16, as in the official code; here its matrices are stored so, too. The activation is that of what is inherited; the
-      code's students have exact GELU even from OpenAI's weights, which want QuickGELU.
+    - On a GPU the teacher computes in fp16, as in the official code; here its matrices are stored so, too.
+    - The activation is that of what is inherited; the code's students have exact GELU even from OpenAI's QuickGELU weights.
 
 Sources: Wu et al. 2023 (arXiv 2309.12314), github.com/microsoft/Cream TinyCLIP; gates: princeton-nlp/CoFiPruning, Louizos
 et al. 2018.
