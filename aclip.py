@@ -75,7 +75,6 @@ import copy
 import json
 import math
 import os
-import random
 import re
 import signal
 import time
@@ -174,11 +173,10 @@ def attentive_keep(score, boxes, grid=None):
         grid = grid or math.isqrt(P)
         side = 2 if grid % 2 == 0 and grid >= 8 else 1  # of a cell, in patches
         view_box, wide_box = boxes[:, :2].transpose(0, 1).flatten(0, 1), boxes[:, 2].repeat(2, 1)  # [2B, 4]
-        # u in -1..1 of the view is pixel top + height (u + 1) / 2 of the picture; solved for the EMA view's u' = scale u + shift
-        scale = view_box[:, 2:] / wide_box[:, 2:]  # [2B, (y, x)]
-        shift = 2 * (view_box[:, :2] - wide_box[:, :2]) / wide_box[:, 2:] + scale - 1
-        rows = [torch.diag_embed(scale.flip(1)), shift.flip(1)[..., None]]  # x before y
-        places = F.affine_grid(torch.cat(rows, 2), (2 * B, 1, grid, grid), align_corners=False)  # centres of the view's patches
+        centres = (torch.arange(grid, dtype=score.dtype, device=score.device) + .5) / grid  # of patches, along a side of a view
+        pixels = view_box[:, :2, None] + view_box[:, 2:, None] * centres  # [2B, (y, x), g] in the picture
+        y, x = (2 * (pixels - wide_box[:, :2, None]) / wide_box[:, 2:, None] - 1).unbind(1)  # in the EMA view, from -1 to 1
+        places = torch.stack([x[:, None, :].expand(-1, grid, -1), y[:, :, None].expand(-1, -1, grid)], 3)  # [2B, g, g, (x, y)]
         maps = score.view(B, 1, math.isqrt(P), -1).repeat(2, 1, 1, 1)
         seen = F.grid_sample(maps, places, padding_mode="border", align_corners=False)  # [2B, 1, g, g]
         cells = F.avg_pool2d(seen, side).flatten(1)  # [2B, cells]
@@ -350,16 +348,16 @@ class MaskedVisionTransformer(VisionTransformer):
 
     def attend(self, images):
         """[n, 3, S, S] -> class token [n, C], score [n, P]: how much attention of the class token each patch gets, mean over all
-        layers and heads (MaskVisionTransformer.forward_features). One row a head, beside the fused attention: <q, W_k h> is
-        <W_k^T q, h>, so that no key is computed twice; the bias of the keys would move all logits alike."""
+        layers and heads (MaskVisionTransformer.forward_features). Block and Attention written out, for fused attention does not
+        tell its weights; of these the class token's row alone is computed again."""
         x, score = self.embed(images), 0
         for block in self.transformer.resblocks:
-            h = block.ln_1(x)
-            q_weight, k_weight, _ = block.attn.in_proj_weight.unflatten(0, (3, -1, 64))  # [heads, 64, C]
-            q = torch.einsum("nc,hdc->nhd", h[:, 0], q_weight) + block.attn.in_proj_bias.unflatten(0, (3, -1, 64))[0]
-            logits = torch.einsum("nhd,hdc->nhc", q, k_weight) @ h.mT / 8  # [n, heads, 1+P]
+            qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+            q, k, v = qkv.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # [n, heads, 1+P, 64] each
+            logits = (q[:, :, :1] @ k.mT).squeeze(2) / 8  # <q_class, k> / 8: [n, heads, 1+P]
             score = score + logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1).mean(1)[:, 1:]
-            x = block(x)
+            x = x + block.attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.ln_2(x))
         return self.ln_post(x[:, 0]), score / len(self.transformer.resblocks)
 
 
@@ -474,11 +472,11 @@ def build(source, cls=CLIP, **overrides):
 
 # views and picture
 
-AUGMENT = {  # crop = share of the area; then probabilities, see data.color_params; by the method whose paper or code uses it
-    "clip": dict(crop=(.5, 1.)),  # SLIP's and DeCLIP's CLIP baselines
-    "declip": dict(crop=(.2, 1.), flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5),  # MoCo v2
-    "protoclip": dict(crop=(.5, 1.), flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2),
-    "aclip": dict(crop=(.5, 1.), jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2),  # no flip: crops map onto each other
+AUGMENT = {  # share of the area that a crop has, arguments of data.color_params; by the method whose paper or code uses it
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines
+    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
+    "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
 }
 
 
@@ -486,14 +484,14 @@ def aclip_views(image, caption, rng, tokenizer, size, augment, views, ema_size, 
     """One sample in the worker: image bytes and a caption -> one or two views, uint8 [v, 3, S, S], their colour parameters
     [v, 8], the EMA tower's picture without any, the three boxes [3, 4], tokens [L], and random masks [v, k] out of
     random_patches patches if that is not 0. All crops are of one decoded picture, none flipped, so that they map onto each other."""
-    options = {name: value for name, value in AUGMENT[augment].items() if name not in ("crop", "flip")}
+    area, colors = AUGMENT[augment]
     image = data.decode(image, (2 * size, 2 * size))  # a crop of half the area has size pixels a side then
-    boxes = three_crops(image.size, rng, AUGMENT[augment]["crop"])
+    boxes = three_crops(image.size, rng, area)
     *crops, wide = boxes.tolist()
     sample = {"images": torch.stack([data.resize_crop(image, box, size) for box in crops[:views]]), "boxes": boxes,
               "ema_images": data.resize_crop(image, wide, ema_size), "tokens": tokenizer([caption])[0]}
-    if options:
-        sample["colors"] = torch.stack([data.color_params(rng, **options) for _ in range(views)])
+    if colors:
+        sample["colors"] = torch.stack([data.color_params(rng, **colors | {"flip": 0}) for _ in range(views)])
     if random_patches:
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         sample["keep"] = random_keep(views, random_patches, random_patches // 2, generator)
@@ -741,11 +739,9 @@ def main(argv=None):
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         step, best, failed, bad = (saved[name] for name in ("step", "best", "failed", "bad"))
-    if world > 1:
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, (step, len(dataset)))
-        if len(set(everywhere)) > 1:
-            raise SystemExit(f"ranks disagree on (step, pairs): {everywhere}; --out and --data must be the same on all machines")
+    everywhere = gather(torch.tensor([[step, len(dataset)]], device=device))  # [W, 2]
+    if (everywhere != everywhere[0]).any():
+        raise SystemExit(f"ranks disagree on (step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         model.compile()
@@ -842,9 +838,7 @@ def main(argv=None):
             sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
             if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                 totals = torch.cat([sums, sums.new_tensor([skipped, waited, len(stop)])])
-                if world > 1:
-                    dist.all_reduce(totals)
-                fine, *means, skips, waits, stopped = (totals / world).tolist()
+                fine, *means, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
                 count = step - logged
                 failed += round(skips * world)
                 bad += round(count - fine)

@@ -329,19 +329,19 @@ def build(source, cls=CLIP, **overrides):
 
 # views and picture
 
-AUGMENT = {  # crop = share of the area; then probabilities, see data.color_params; by the method whose paper or code uses it
-    "clip": dict(crop=(.5, 1.)),  # SLIP's and DeCLIP's CLIP baselines
-    "declip": dict(crop=(.2, 1.), flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5),  # MoCo v2
-    "protoclip": dict(crop=(.5, 1.), flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2),
-    "aclip": dict(crop=(.5, 1.), jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2),  # no flip: crops map onto each other
+AUGMENT = {  # share of the area that a crop has, arguments of data.color_params; by the method whose paper or code uses it
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines
+    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
+    "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
 }
 
 
 def views(image, caption, rng, tokenizer, size, augment):
     """One sample in the worker: image bytes and a caption -> uint8 picture [3, S, S], its colour parameters [8], tokens [L]."""
-    options = {name: value for name, value in AUGMENT[augment].items() if name != "crop"}
-    sample = {"images": data.random_resized_crop(image, size, AUGMENT[augment]["crop"], rng), "tokens": tokenizer([caption])[0]}
-    return sample | {"colors": data.color_params(rng, **options)} if options else sample
+    area, colors = AUGMENT[augment]
+    sample = {"images": data.random_resized_crop(image, size, area, rng), "tokens": tokenizer([caption])[0]}
+    return sample | {"colors": data.color_params(rng, **colors)} if colors else sample
 
 
 def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
@@ -559,11 +559,9 @@ def main(argv=None):
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         step, best, failed, bad = (saved[name] for name in ("step", "best", "failed", "bad"))
-    if world > 1:
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, (step, len(dataset)))
-        if len(set(everywhere)) > 1:
-            raise SystemExit(f"ranks disagree on (step, pairs): {everywhere}; --out and --data must be the same on all machines")
+    everywhere = gather(torch.tensor([[step, len(dataset)]], device=device))  # [W, 2]
+    if (everywhere != everywhere[0]).any():
+        raise SystemExit(f"ranks disagree on (step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         model.compile()
@@ -643,9 +641,7 @@ def main(argv=None):
             sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
             if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                 totals = torch.cat([sums, sums.new_tensor([skipped, waited, len(stop)])])
-                if world > 1:
-                    dist.all_reduce(totals)
-                fine, *means, skips, waits, stopped = (totals / world).tolist()
+                fine, *means, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
                 count = step - logged
                 failed += round(skips * world)
                 bad += round(count - fine)

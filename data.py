@@ -35,7 +35,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import groupby, takewhile
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -220,7 +220,7 @@ BPE_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
-SYMBOL = {b: chr(b if b in PRINTABLE else 256 + i - len(PRINTABLE)) for i, b in enumerate(BYTES)}
+SYMBOL = dict(zip(BYTES, map(chr, PRINTABLE + [*range(256, 324)])))  # the other 68 have characters of their own
 BYTE = {symbol: b for b, symbol in SYMBOL.items()}
 
 
@@ -248,9 +248,9 @@ def clean(text):
 @lru_cache
 def piece_pattern():
     """Pieces that are encoded on their own: contractions, letters, one digit, the rest. re has no \\p{N}: spelt out."""
-    numbers = [c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) in ("Nl", "No")]
-    runs = [[c for _, c in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
-    number = "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)
+    every = map(chr, range(sys.maxunicode + 1))
+    runs = "".join(c if unicodedata.category(c) in ("Nl", "No") else " " for c in every).split()
+    number = "".join(f"{run[0]}-{run[-1]}" for run in runs)
     return re.compile(rf"<\|startoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
                       rf"|[^\W\d_{number}]+|[\d{number}]|(?:[^\w\s]|_)+")
 
@@ -289,7 +289,7 @@ class Tokenizer:
         self.merges, self.context = [tuple(pair) for pair in merges if pair], context
         if any(len(pair) != 2 for pair in self.merges):
             raise SystemExit(f"--bpe: a line of the merges must hold two symbols, as in OpenAI's {BPE_FILE}")
-        symbols = [SYMBOL[b] for b in BYTES]
+        symbols = [*SYMBOL.values()]
         self.symbols = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in self.merges] + [SOT, EOT]
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
@@ -858,7 +858,8 @@ def main(argv=None):
     try:
         tokenizer = find_tokenizer(args.bpe, args.data)
     except SystemExit as error:
-        tokenizer = print(error)
+        tokenizer = None
+        print(error)
     picked, start, items = np.random.default_rng(0).permutation(len(dataset)).tolist(), time.time(), []
     while len(items) < len(picked) and time.time() < start + 4:
         items.append(dataset[picked[len(items)], 0])

@@ -138,13 +138,11 @@ def multi_view_clip_loss(image_views, text_views, logit_scale):
     """
     with torch.autocast(image_views.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_views, text_views))
-        rows = gather(torch.cat([x, y]).transpose(0, 1)).transpose(0, 1)  # [4, N, D]
-        all_x, all_y = rows[:2], rows[2:]
+        all_x, all_y = gather(torch.cat([x, y]).transpose(0, 1)).transpose(0, 1).chunk(2)  # [2, N, D] each
         rank = dist.get_rank() if all_x.shape[1] > x.shape[1] else 0
-        labels = (torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]).repeat(4)  # where the own pairs stand
-        image_logits = (logit_scale * x[:, None] @ all_y.mT).flatten(0, 2)  # [2, 1, B, D] @ [2, D, N] -> [4B, N]
-        text_logits = (logit_scale * y[:, None] @ all_x.mT).flatten(0, 2)
-        return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+        labels = torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]  # where the own pairs stand among the N
+        return sum(F.cross_entropy(logit_scale * x[k] @ all_y[v].T, labels)  # [B, N]
+                   + F.cross_entropy(logit_scale * y[v] @ all_x[k].T, labels) for k in (0, 1) for v in (0, 1)) / 8
 
 
 def nearest_neighbor_loss(image_views, neighbors, logit_scale):
@@ -160,8 +158,8 @@ def nearest_neighbor_loss(image_views, neighbors, logit_scale):
         x, y = image_views.to(dtype), neighbors.detach().to(dtype)
         y = gather(y.transpose(0, 1)).transpose(0, 1)  # [2, N, D]
         rank = dist.get_rank() if y.shape[1] > x.shape[1] else 0
-        labels = (torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]).repeat(4)
-        return F.cross_entropy((logit_scale * x[:, None] @ y.mT).flatten(0, 2), labels)  # [4B, N]
+        labels = torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]
+        return sum(F.cross_entropy(logit_scale * x[k] @ y[v].T, labels) for k in (0, 1) for v in (0, 1)) / 4  # of [B, N] each
 
 
 class FeatureQueue:
@@ -190,7 +188,9 @@ class FeatureQueue:
         """Puts the unit rows x [B, D] of all ranks in place of the oldest. samples: int64 [B]; good: bool, may be a tensor on
         the device; if false nothing changes. Query first: a caption just enqueued is its own nearest."""
         size, good = len(self.rows), torch.as_tensor(good, device=x.device)
-        x, samples = gather(x)[-size:], gather(torch.full_like(x[:, 0], -1).long() if samples is None else samples)[-size:]
+        if samples is None:
+            samples = self.samples.new_full((len(x),), -1)
+        x, samples = gather(x)[-size:], gather(samples)[-size:]
         self.rows = self.rows.to(torch.promote_types(self.rows.dtype, x.dtype))  # float64 stays float64
         place = (self.pointer + torch.arange(len(x), device=x.device)) % size
         self.rows[place] = x.to(self.rows.dtype).where(good, self.rows[place])
@@ -235,7 +235,8 @@ def mask_tokens(tokens, eot, mask_id, vocab, p=.15, generator=None):
     choice, kind, word = torch.rand(3, *tokens.shape, device=tokens.device, generator=generator)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     chosen = (choice < p) & (place > 0) & (place < eot[:, None]) & (tokens != mask_id)
-    word = (word * tokens[:, :1].clamp(max=min(vocab, mask_id))).long()
+    limit = tokens[:, :1].clamp(max=min(vocab, mask_id))  # column 0 is the start token
+    word = (word * limit).long()
     masked = torch.where(kind < .8, mask_id, torch.where(kind < .9, word, tokens))
     return masked.where(chosen, tokens), tokens.where(chosen, -100)
 
@@ -540,11 +541,11 @@ def build(source, cls=CLIP, **overrides):
 
 # views and picture
 
-AUGMENT = {  # crop = share of the area; then probabilities, see data.color_params; by the method whose paper or code uses it
-    "clip": dict(crop=(.5, 1.)),  # SLIP's and DeCLIP's CLIP baselines
-    "declip": dict(crop=(.2, 1.), flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5),  # MoCo v2
-    "protoclip": dict(crop=(.5, 1.), flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2),
-    "aclip": dict(crop=(.5, 1.), jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2),  # no flip: crops map onto each other
+AUGMENT = {  # share of the area that a crop has, arguments of data.color_params; by the method whose paper or code uses it
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines
+    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
+    "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
 }
 
 
@@ -562,33 +563,30 @@ def declip_views(image, caption, rng, tokenizer, size, augment, p, synonyms):
     """One sample in the worker: image bytes and a caption -> two crops, uint8 [2, 3, S, S], their colour parameters [2, 8],
     tokens [2, L] of the masked (p: share of the words) and the edited caption, their end tokens' places eot [2], and the
     labels [L] of the masked words. The places are found before masking: the mask token has the largest id."""
-    options = {name: value for name, value in AUGMENT[augment].items() if name != "crop"}
+    area, colors = AUGMENT[augment]
     tokens = tokenizer([caption, eda(caption, rng, synonyms)])
     eot = tokens.argmax(-1)
     masked, labels = mask_tokens(tokens[:1], eot[:1], tokenizer.vocab_size, tokenizer.sot, p,
                                  torch.Generator().manual_seed(rng.getrandbits(63)))
-    sample = {"images": torch.stack([data.random_resized_crop(image, size, AUGMENT[augment]["crop"], rng) for _ in range(2)]),
+    sample = {"images": torch.stack([data.random_resized_crop(image, size, area, rng) for _ in range(2)]),
               "tokens": torch.cat([masked, tokens[1:]]), "eot": eot, "labels": labels[0]}
-    return sample | {"colors": torch.stack([data.color_params(rng, **options) for _ in range(2)])} if options else sample
+    return sample | {"colors": torch.stack([data.color_params(rng, **colors) for _ in range(2)])} if colors else sample
 
 
 def neighbor_picture(path, model, tokenizer, dataset, queue, count=8):
     """Writes both crops of a few samples, one over the masked and one over the edited caption, and under each ("->") the
     caption whose row in the queue is nearest: what the picture is taught to match by nearest_neighbor_loss."""
-    device, training = model.logit_scale.device, model.training
+    device = model.logit_scale.device
     samples = data.default_collate([dataset[i, 0] for i in range(0, len(dataset), max(1, len(dataset) // count))][:count])
     images, tokens, eot = (samples[name].to(device).flatten(0, 1) for name in ("images", "tokens", "eot"))  # [2 count, ...]
     if "colors" in samples:
         images = (data.augment(images, samples["colors"].to(device).flatten(0, 1)) * 255).byte()
-    lines = []
-    for row, end in zip(tokens.tolist(), eot.tolist()):
-        words = [[i] if i < tokenizer.vocab_size else tokenizer.encode("___") for i in row[1:end]]
-        lines.append(tokenizer.decode(sum(words, [])))
+    blank, = tokenizer.encode("_")  # for the mask token, which the tokenizer does not know
+    lines = [tokenizer.decode([i if i < tokenizer.vocab_size else blank for i in row[1:end]])
+             for row, end in zip(tokens.tolist(), eot.tolist())]
     if queue:
-        model.eval()
         with torch.inference_mode():
             found = queue.samples[queue.search(F.normalize(model.encode_text(tokens, eot).float(), dim=-1))].tolist()
-        model.train(training)
         own = samples["index"].repeat_interleave(2).tolist()
         lines = [f"{line}\n-> {'random' if i < 0 else dataset.captions(i)[0]}" + " (its own)" * (i == j)
                  for line, i, j in zip(lines, found, own)]
@@ -811,11 +809,9 @@ def main(argv=None):
         if queue:
             vars(queue).update({name: value.to(device) for name, value in saved["queue"].items()})
         step, best, failed, bad = (saved[name] for name in ("step", "best", "failed", "bad"))
-    if world > 1:
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, (step, len(dataset)))
-        if len(set(everywhere)) > 1:
-            raise SystemExit(f"ranks disagree on (step, pairs): {everywhere}; --out and --data must be the same on all machines")
+    everywhere = gather(torch.tensor([[step, len(dataset)]], device=device))  # [W, 2]
+    if (everywhere != everywhere[0]).any():
+        raise SystemExit(f"ranks disagree on (step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         model.compile()
@@ -916,9 +912,7 @@ def main(argv=None):
             sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
             if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                 totals = torch.cat([sums, sums.new_tensor([skipped, waited, len(stop)])])
-                if world > 1:
-                    dist.all_reduce(totals)
-                fine, *means, skips, waits, stopped = (totals / world).tolist()
+                fine, *means, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
                 count = step - logged
                 failed += round(skips * world)
                 bad += round(count - fine)

@@ -504,19 +504,19 @@ def build(source, cls=CLIP, **overrides):
 
 # views and picture
 
-AUGMENT = {  # crop = share of the area; then probabilities, see data.color_params; by the method whose paper or code uses it
-    "clip": dict(crop=(.5, 1.)),  # SLIP's and DeCLIP's CLIP baselines
-    "declip": dict(crop=(.2, 1.), flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5),  # MoCo v2
-    "protoclip": dict(crop=(.5, 1.), flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2),
-    "aclip": dict(crop=(.5, 1.), jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2),  # no flip: crops map onto each other
+AUGMENT = {  # share of the area that a crop has, arguments of data.color_params; by the method whose paper or code uses it
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines
+    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
+    "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
 }
 
 
 def views(image, caption, rng, tokenizer, size, augment):
     """One sample in the worker: image bytes and a caption -> uint8 picture [3, S, S], its colour parameters [8], tokens [L]."""
-    options = {name: value for name, value in AUGMENT[augment].items() if name != "crop"}
-    sample = {"images": data.random_resized_crop(image, size, AUGMENT[augment]["crop"], rng), "tokens": tokenizer([caption])[0]}
-    return sample | {"colors": data.color_params(rng, **options)} if options else sample
+    area, colors = AUGMENT[augment]
+    sample = {"images": data.random_resized_crop(image, size, area, rng), "tokens": tokenizer([caption])[0]}
+    return sample | {"colors": data.color_params(rng, **colors)} if colors else sample
 
 
 def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
@@ -537,24 +537,19 @@ def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
                                                for row, (i, _) in zip(best, images)], path)
 
 
-def prototype_picture(path, dataset, samples, labels, k, size, rows=12, members=5):
-    """Writes a row for each of the largest prototypes: the sizes of all k, with a red line at its own, and members with captions.
+def prototype_picture(path, dataset, samples, labels, size, rows=12, members=5):
+    """Writes a row for each of the largest prototypes: its size, and members with their captions.
 
     samples: number of the sample at each place of the episode [m]; labels: its prototype [m]; both on the CPU.
     """
-    counts, order = labels.bincount(minlength=k).sort(descending=True)
-    bars = torch.full((3, size, size), 255, dtype=torch.uint8)
-    for column, count in enumerate(counts[torch.arange(size) * k // size].tolist()):
-        bars[:, size - math.ceil(size * count / counts[0].item()):, column] = 150
+    counts, order = labels.bincount().sort(descending=True)
     images, captions = [], []
-    for place, prototype in enumerate(order[:rows].tolist()):
-        marked = bars.clone()
-        marked[1:, :, place * size // k] = 0  # leaves the red
+    for prototype, count in zip(order[:rows].tolist(), counts.tolist()):
         found = samples[labels == prototype].unique()[:members].tolist()
         found = (found * members)[:members]  # a prototype of few samples shows them again
-        images += [marked] + [data.center_crop(dataset.image(i), size) for i in found]
-        captions += [f"prototype {prototype}: {counts[place]} of {len(labels)}"] + [dataset.captions(i)[0] for i in found]
-    data.grid(images, captions, path, columns=1 + members)
+        images += [data.center_crop(dataset.image(i), size) for i in found]
+        captions += [f"{prototype} ({count} pairs): {dataset.captions(i)[0]}" for i in found]
+    data.grid(images, captions, path, columns=members)
 
 
 # training: schedule, parameter groups, checkpoints
@@ -726,13 +721,13 @@ def main(argv=None):
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks")
     batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
-    epoch = len(batches)  # steps of one
+    epoch_steps = len(batches)
     args.episode_size = min(args.episode_size, len(dataset)) // args.batch_size * args.batch_size
     args.prototypes = min(args.prototypes, args.episode_size // 10)
     if not args.prototypes:
         raise SystemExit(f"--episode-size: {args.episode_size} pairs, whole batches of {args.batch_size}, are too few for a prototype")
     steps = args.episode_size // args.batch_size  # of an episode
-    episodes = max(1, round(args.epochs * epoch / steps))
+    episodes = max(1, round(args.epochs * epoch_steps / steps))
     total = steps * episodes
     if not steps or args.warmup >= total:
         raise SystemExit(f"{len(dataset)} pairs make {total} steps in {args.epochs} epochs of batches of {args.batch_size}: too few "
@@ -802,11 +797,9 @@ def main(argv=None):
         torch.set_rng_state(saved["rng"])
         step, best, failed, bad = (saved[name] for name in ("step", "best", "failed", "bad"))
         prototypes, labels, samples = (saved[name].to(device) for name in ("prototypes", "labels", "samples"))
-    if world > 1:
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, (step, len(dataset)))
-        if len(set(everywhere)) > 1:
-            raise SystemExit(f"ranks disagree on (step, pairs): {everywhere}; --out and --data must be the same on all machines")
+    everywhere = gather(torch.tensor([[step, len(dataset)]], device=device))  # [W, 2]
+    if (everywhere != everywhere[0]).any():
+        raise SystemExit(f"ranks disagree on (step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         model.compile()
@@ -845,7 +838,7 @@ def main(argv=None):
             picture(out / "captions.png", model, tokenizer, preprocess, shown[0])
             if prototypes.any():
                 for name, row in (("image", labels[1]), ("text", labels[0])):  # the labels of one teach the other
-                    prototype_picture(out / f"{name}-prototypes.png", dataset, samples.cpu(), row.cpu(), args.prototypes, preprocess.size)
+                    prototype_picture(out / f"{name}-prototypes.png", dataset, samples.cpu(), row.cpu(), preprocess.size)
             tqdm.write(f"step {step}: {evaluator.summary(results)}" if tests else f"step {step} of {total}")
         return results
 
@@ -879,13 +872,12 @@ def main(argv=None):
             for h, t, C, temperature in taught:
                 D = cluster_means(h, t, k)
                 found.append(torch.stack([D, expected_target(C, D, temperature)]))
-        places = gather(torch.stack([*(t for _, t, _, _ in taught), index], 1))  # [m, terms + 1], rank-major
-        places = places.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)  # row j of rank r is place j W + r
-        *t, index = places.T.contiguous()
+        columns = gather(torch.stack([*(t for _, t, _, _ in taught), index])[None])  # [W, terms + 1, m/W]
+        columns = columns.permute(1, 2, 0).flatten(1)  # [terms + 1, m]: column j of rank r is place j W + r
         # the row belongs to the step that follows: a run that resumes here cuts it and writes it again
         log(step=step + 1, episode=episode, extract_seconds=extracted - start, cluster_seconds=time.perf_counter() - extracted,
-            image_objective=image_objective / len(index), text_objective=text_objective / len(index))
-        return torch.stack(found), torch.stack(t), index
+            image_objective=image_objective / args.episode_size, text_objective=text_objective / args.episode_size)
+        return torch.stack(found), columns[:-1], columns[-1]
 
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -945,9 +937,7 @@ def main(argv=None):
             sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
             if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                 totals = torch.cat([sums, sums.new_tensor([skipped, waited, len(stop)])])
-                if world > 1:
-                    dist.all_reduce(totals)
-                fine, *means, skips, waits, stopped = (totals / world).tolist()
+                fine, *means, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
                 count = step - logged
                 failed += round(skips * world)
                 bad += round(count - fine)
@@ -971,7 +961,7 @@ def main(argv=None):
             if step % 1000 == 0 and step % steps:
                 save("last.pt")
             tick = time.perf_counter()
-        every = args.eval_every * epoch  # steps between evaluations
+        every = args.eval_every * epoch_steps  # steps between evaluations
         if step // every > (step - steps) // every or step == total:
             results = evaluate()
             log(eval=results)

@@ -203,8 +203,9 @@ class Gates(nn.Module):
 
     def __init__(self, width, heads, ffn):
         super().__init__()
-        for kind, counts in (("hidden", [width]), ("heads", heads), ("ffn", ffn)):
-            present = torch.arange(max(counts)) < torch.tensor(width if kind == "hidden" else counts)[..., None]
+        for kind, counts in (("hidden", width), ("heads", heads), ("ffn", ffn)):
+            counts = torch.tensor(counts)[..., None]  # [1] or [L, 1]
+            present = torch.arange(counts.max()) < counts  # [C], [L, H] or [L, F]
             self.register_buffer(f"{kind}_present", present, persistent=False)
             setattr(self, kind, nn.Parameter(torch.full(present.shape, 10.)))  # open; ln 100 = 4.6 after the first step's clamp
 
@@ -624,31 +625,32 @@ def prunable(state):
 def encode_captions(teacher, tokenizer, dataset, device):
     """The teacher's unit text features [n, D'] of all captions, fp16; the ranks share the work. SystemExit if a picture has several."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    own, rows = [i % len(dataset) for i in range(rank, len(dataset) + -len(dataset) % world, world)], []  # as many on each rank
-    for start in range(0, len(own), 1024):
-        texts = [dataset.captions(i) for i in own[start:start + 1024]]
+    own = torch.arange(math.ceil(len(dataset) / world) * world).clamp(max=len(dataset) - 1).chunk(world)[rank]  # as many on each rank
+    rows = []
+    for part in own.split(1024):
+        texts = [dataset.captions(i) for i in part.tolist()]
         if any(len(text) != 1 for text in texts):
             raise SystemExit("--cache-teacher-text needs data with one caption a picture")
         with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
             rows.append(F.normalize(teacher.encode_text(tokenizer([text for text, in texts]).to(device)).float(), dim=-1).half())
-    return gather(torch.cat(rows)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:len(dataset)]
+    return gather(torch.cat(rows))[:len(dataset)]
 
 
 # views and picture
 
-AUGMENT = {  # crop = share of the area; then probabilities, see data.color_params; by the method whose paper or code uses it
-    "clip": dict(crop=(.5, 1.)),  # SLIP's and DeCLIP's CLIP baselines
-    "declip": dict(crop=(.2, 1.), flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5),  # MoCo v2
-    "protoclip": dict(crop=(.5, 1.), flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2),
-    "aclip": dict(crop=(.5, 1.), jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2),  # no flip: crops map onto each other
+AUGMENT = {  # share of the area that a crop has, arguments of data.color_params; by the method whose paper or code uses it
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines
+    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
+    "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
 }
 
 
 def views(image, caption, rng, tokenizer, size, augment):
     """One sample in the worker: image bytes and a caption -> uint8 picture [3, S, S], its colour parameters [8], tokens [L]."""
-    options = {name: value for name, value in AUGMENT[augment].items() if name != "crop"}
-    sample = {"images": data.random_resized_crop(image, size, AUGMENT[augment]["crop"], rng), "tokens": tokenizer([caption])[0]}
-    return sample | {"colors": data.color_params(rng, **options)} if options else sample
+    area, colors = AUGMENT[augment]
+    sample = {"images": data.random_resized_crop(image, size, area, rng), "tokens": tokenizer([caption])[0]}
+    return sample | {"colors": data.color_params(rng, **colors)} if colors else sample
 
 
 def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
@@ -903,8 +905,8 @@ def main(argv=None):
             raise SystemExit(f"{flag} and --teacher know other pictures: {vars(pictures)}, {vars(preprocess)}")
     dataset.transform = partial(views, tokenizer=tokenizer, size=preprocess.size, augment=args.augment)
     loader = data.loader(dataset, batches, args.workers, device)
-    gated = bool(args.auto) and not (saved and saved["gated"] is None)
-    state = saved["model"] if saved and not gated else source.state_dict()
+    gated = bool(args.auto) and not (saved and saved["gated"] is None)  # before --prune-step
+    state = saved["model"] if saved and not gated else source.state_dict()  # gives the shapes; a gated run's own weights come below
     original = prunable(teacher.state_dict())
     removed = 1 - prunable(state) / original
     if gated and not ("visual.proj" in state and isinstance(teacher.visual, VisionTransformer) and removed < args.auto < 1):
@@ -946,11 +948,9 @@ def main(argv=None):
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         step, best, failed, bad = (saved[name] for name in ("step", "best", "failed", "bad"))
-    if world > 1:
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, (step, len(dataset)))
-        if len(set(everywhere)) > 1:
-            raise SystemExit(f"ranks disagree on (step, pairs): {everywhere}; --out and --data must be the same on all machines")
+    everywhere = gather(torch.tensor([[step, len(dataset)]], device=device))  # [W, 2]
+    if (everywhere != everywhere[0]).any():
+        raise SystemExit(f"ranks disagree on (step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         if not gated:  # what functional_call runs is not compiled
@@ -1070,9 +1070,7 @@ def main(argv=None):
             sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
             if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                 totals = torch.cat([sums, sums.new_tensor([skipped, waited, len(stop)])])
-                if world > 1:
-                    dist.all_reduce(totals)
-                fine, *means, skips, waits, stopped = (totals / world).tolist()
+                fine, *means, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
                 count = step - logged
                 failed += round(skips * world)
                 bad += round(count - fine)
