@@ -1,11 +1,12 @@
 """A-CLIP: CLIP on two views with half of their patches each, the half that the class token of an averaged tower looks at.
 
-The idea. A caption speaks of a part of its picture. Without half of its patches a view costs half as much, and if the right half
-goes, what stays fits the caption better. Which half that is, a second image tower says, whose weights are the running average
-(EMA) of the trained one's: it looks at a wide crop, whole and without changed colours, and the patches to which its class token
-pays attention stay. No text enters that choice; the tower has learned from text. For the price of one whole view there are two
-masked ones, which two losses compare: with each other (SimCLR), and with the averaged tower's feature of the wide crop (BYOL).
-A trained model uses all patches, without the tuning on whole pictures that FLIP ends with.
+The idea. A caption speaks of a part of its picture. Without half of its patches a view costs half as much. Chance (FLIP)
+may take what the caption names; if the right half goes, what stays fits the caption better. Which half that is, a second
+image tower says, whose weights are the running average (EMA) of the trained one's: it looks at a wide crop, whole and
+without changed colours, and the patches to which its class token pays attention stay. No text enters that choice; the tower
+has learned from text. For the price of one whole view there are two masked ones, which two losses compare: with each other
+(SimCLR), and with the averaged tower's feature of the wide crop (BYOL). A trained model uses all patches, without the
+tuning on whole pictures that FLIP ends with.
 
 The loss. h_1, h_2: class tokens of the masked views after the last norm, W their projection, y: text features, h': the averaged
 tower's class token (no gradient):
@@ -18,16 +19,18 @@ g, p, r: small networks with batch norm; p' is p averaged, r is on the trained s
 pairs; the text tower runs once. After each step ema <- m ema + (1 - m) weights, m from .996 (--ema-momentum) to 1 along half a
 cosine: an average, because it changes slowly, and with it what is hidden and what BYOL aims at.
 
-What it brings, by its README: ImageNet zero-shot of ViT-B-16 after 25 epochs of YFCC15M, single runs.
+What it brings, by its README: ImageNet zero-shot, ViT-B-16, 25 epochs of YFCC15M, batch 4096, single runs (SLIP: 42.8 %).
     CLIP: all patches of one view            --mask none --views 1 --ssl 0 (and --augment clip)     37.6 %
     FLIP: a random half of one view, of two  --mask random --views 1 (or 2) --ssl 0     35.0, 38.0
     the attentive half of one view, of two   --views 1 (or 2) --ssl 0                   39.5, 41.3
     A-CLIP; A-CLIP-eff                       default; --ema-size 112                    43.9, 42.9
-The paper has 28.5 for the half that gets the least attention.
+The paper has 28.5 for two views of the half that gets the least attention. So of 6.3 points masks and views bring 3.7,
+SimCLR and BYOL 2.6. (FLIP's masks: 98 single patches; ours 25 cells = 100.)
 
-The cost. ViT-B-16: 159 GFLOP a pair, 1.29 times CLIP's (two passes over 101 tokens and a forward one over 197); 1.08 times with
---ema-size 112 (A-CLIP-eff). Its README clocks 1.16 and 0.86, where attention is unfused; we 1.28 and 1.05 on a CPU core
-(fp32, batch 4, with the average's update), most of the difference the EMA pass. Memory: one more copy of the weights.
+The cost. ViT-B-16: 159 GFLOP a pair, 1.29 times CLIP's (two views of 101 tokens forward and backward, the average's 197
+forward); 1.08 times with --ema-size 112 (A-CLIP-eff). Its README clocks 1.16 and 0.86 of CLIP's time, SLIP 2.67 (2.3 times
+A-CLIP's), with unfused attention, which is quadratic: two times 101 tokens cost half of 197. We clock 1.28 and 1.05 on a
+CPU core (fp32, batch 4, with the average's update). Memory: one more copy of the weights.
 
 How to run.
     python aclip.py                                                      drawn toy data, any machine, minutes
@@ -41,11 +44,11 @@ best.pt is best by their sum. masks.png is the paper's figure from your run: the
 Where the released code (microsoft/A-CLIP) does otherwise, by its slips; here is what was meant.
     - Masks are off in its README's command (needs --mask-ratio above 0). Two whole views: 2.1 times CLIP's work.
     - Its SimCLR compares view 1 with view 1: positives are equal, negatives alone have a gradient. Ours: view 1 with view 2.
-    - Its EMA crop, by a wrong index and a bound taken too early, misses a part of a view in 70 % of the samples; that part scores
-      0 and is dropped first.
+    - Its EMA crop, by a wrong index (its left edge is drawn from a height) and a bound taken too early (before its corner
+      moves), misses a part of a view in 70 % of the samples; that part scores 0 and is dropped first.
     - ViT-S hands the mask ratio to the EMA tower too. With accumulation the EMA moves once a micro-batch.
-    - It does not start: a module is missing, and a name is misspelt. Captions cut at 77 tokens lose their end token and are read
-      at the start token, a constant, as in SLIP.
+    - It does not start: a module is missing, and a name is misspelt.
+    - Captions cut at 77 tokens lose their end token and are read at the start token, a constant, as in SLIP.
 Where this file does otherwise, by choice.
     - OpenAI's ViT for timm's (a norm in front, 1e-5 in norms, heads of 64 in ViT-S), class token without decay; bicubic crops
       and OpenAI's mean.
@@ -381,7 +384,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:
+        for block in self.transformer.resblocks:  # 2 x layers branches add up in the residual stream: each starts smaller by the root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -472,8 +475,8 @@ def build(source, cls=CLIP, **overrides):
 
 # views and picture
 
-AUGMENT = {  # share of the area that a crop has, arguments of data.color_params; by the method whose paper or code uses it
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines
+AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; no colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
@@ -610,8 +613,9 @@ RECIPES = {  # batch size is global, warm-up in steps
                 ema_momentum=.9, eval="toy"),
     "small": dict(model="tiny-4", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="aclip", ssl_mlp_dim=512,
                   ema_momentum=.9),  # ours
-    # YFCC15M: the values of A-CLIP's README command (which forgets the masks); for masked views it reports 43.9 %. Epochs of CC3M
-    # and CC12M are SLIP's, whose README has no A-CLIP; a warm-up of one epoch
+    # YFCC15M: the values of A-CLIP's README command, with which (and masks, which it forgets) it reports 43.9 %; its argparse defaults
+    # are others (lr 3e-3, weight decay .1). AdamW's values, the schedule and no clipping are released too. Epochs of CC3M and CC12M are
+    # SLIP's; a warm-up of one epoch
     "cc3m": dict(model="ViT-B-16", batch_size=4096, epochs=40, lr=5e-4, warmup=700, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096,
                  ema_momentum=.996),
     "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096,

@@ -5,13 +5,29 @@ every picture is asked which of the N captions is its own, and every caption whi
 classifications whose only labels are the pairs themselves. After training, class names written as captions make a
 classifier for any set of classes without a single labelled picture ("zero-shot").
 
-The loss. With unit rows x_i (image) and y_j (text), and a learned scale s = exp(logit_scale), clamped to [1, 100]:
+The loss. Unit rows x_i (image) and y_j (text), a learned scale s = exp(logit_scale), 14.3 at first and clamped to [1, 100]:
 
     S_ij = s <x_i, y_j>        L = 1/2 [ mean_i -log softmax_row(S)_ii  +  mean_j -log softmax_column(S)_jj ]
 
-W ranks with B pairs each score their own rows against the columns of all ranks, gathered *with* gradient. The gather's
-backward sums over ranks, DDP's mean divides by W: together the loss and gradient of one process with the batch N = W*B.
-The negatives are the batch: k small batches in a row (gradient accumulation) would be another, easier loss.
+All captions but its own are wrong for a picture, also one that would fit. Without the scale cosines, which end at 1, could
+not bring the loss down: 4,096 perfect pairs, orthogonal to each other, leave ln(1 + 4095 e^-s), 7.3 of ln N = 8.3 at s = 1,
+but .003 at 14.3. The gradient:
+
+    G = (softmax_row(S) + softmax_column(S) - 2 I) / 2N        dL/dx = s G y    dL/dy = s G^T x    dL/dlogit_scale = sum_ij G_ij S_ij
+
+and before the normalisation it is orthogonal to a feature, whose length does not count.
+
+W ranks with B pairs each score their own rows against the columns of all ranks ([B, N] logits, not [N, N]), gathered *with*
+gradient. The gather's backward sums over ranks, DDP's mean divides by W: together the loss and gradient of one process with
+the batch N = W*B. The loader keeps B equal (it drops an epoch's last, smaller batch and puts another picture in the place
+of a broken one) and the batch of a step the same for any W and after a restart: a function of seed, epoch and position.
+
+The negatives are the batch: k small batches in a row (gradient accumulation) would be another, easier loss. Exact accumulation
+computes all features without gradient, then each small batch anew, with gradient, among the others' features: one more
+forward pass, and not with batch norm. It is not in here.
+
+Precision. Towers run in bf16, which has fp32's range and so needs no loss scaling (fp16 does, and large ViTs have diverged
+in it); normalisation, logits and loss in fp32.
 
 A healthy run: the loss starts near ln N or a little above, s rises from 14 to 50-100; s falling towards 1 means that the
 learning rate is too high.
@@ -24,13 +40,19 @@ How to run.
     python eval.py runs/clip-toy/last.pt --images cat.jpg --texts "a cat" "a dog"
 
 Where published code differs from this file.
-    - SLIP gathers without gradient: half of it is missing. It is part of why its CLIP on CC12M (quoted by A-CLIP too) has
-      36.5 % and LaCLIP's, with it, a larger batch and QK-norm, 40.2 %.
-    - open_clip's default flags divide the encoders' gradients by W; its large runs set --local-loss --gather-with-grad = ours.
-    - SLIP cuts long captions without an end token and then reads a constant feature; here the last token is the end token.
-    - OpenAI used QuickGELU; we use GELU (--quick-gelu for their weights). SLIP's ViT is timm's; ours is OpenAI's.
+    - SLIP scores local rows against columns gathered without gradient: a feature learns as a question (row) alone, not as an
+      answer (column), which is another direction. It is part of why its CLIP on CC12M (quoted by A-CLIP too) has 36.5 % and
+      LaCLIP's, with gradient, a larger batch and QK-norm, 40.2 %.
+    - open_clip by default scores [N, N] on each rank, its own rows alone with gradient: the encoders' gradients are divided
+      by W, logit_scale's is not. Adam hides that; its eps and gradient clipping do not. Its large runs set --local-loss
+      --gather-with-grad, which is ours (full rows with gradient would be right too, at W times the logits).
+    - SLIP cuts long captions without an end token. The largest id is then the start token at place 0, which sees only
+      itself: one constant feature for all of them. Here the last token becomes the end token.
+    - OpenAI used QuickGELU; we use GELU (--quick-gelu for their weights). The wrong one loads without a word and costs
+      points, so checkpoints name theirs. SLIP's ViT is timm's (no norm before the blocks, a bias on patches); ours is
+      OpenAI's.
     - Batch norm (RN50) uses the statistics of its own rank, as everyone's does: the one thing that W ranks do not share.
-      Evaluation and checkpoints take rank 0's.
+      Rank 0, which evaluates and saves, takes its own running ones.
 
 Sources: Radford et al. 2021 (arXiv 2103.00020) and github.com/openai/CLIP; github.com/mlfoundations/open_clip for recipes.
 """
@@ -222,7 +244,8 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet: a stem of three convolutions, average pools for strides, attention in place of the last pool."""
+    """OpenAI's ResNet. torchvision's has one 7x7 for the three convolutions and a max pool for the mean pool of the stem, strides in
+    convolutions for average pools, a mean for the attention at the end."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
@@ -264,7 +287,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:
+        for block in self.transformer.resblocks:  # 2 x layers branches add up in the residual stream: each starts smaller by the root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -329,8 +352,8 @@ def build(source, cls=CLIP, **overrides):
 
 # views and picture
 
-AUGMENT = {  # share of the area that a crop has, arguments of data.color_params; by the method whose paper or code uses it
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines
+AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; no colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
@@ -448,9 +471,11 @@ def init_distributed():
 RECIPES = {  # batch size is global, warm-up in steps
     "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy"),  # ours
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="clip"),  # ours
-    # open_clip's README: near 20 %; with the shorter warm-up that its maintainer now advises, and SLIP's crop for (.9, 1)
+    # OpenAI, to compare: 400 M pairs, 32 epochs, batch 32,768, lr 5e-4 (ViT-B), weight decay .2, warm-up 2000. Nobody clips gradients.
+    # open_clip's README: near 20 %, with crops of (.9, 1) and 10,000 steps of warm-up (at batch 4096 half of all); now its maintainer
+    # advises 2000
     "cc3m": dict(model="RN50", batch_size=1024, epochs=30, lr=1e-3, warmup=2000, weight_decay=.1, augment="clip"),
-    # SLIP's CLIP baselines, 36.5 % and 37.6 %, with our eps and preprocessing; warm-up of one epoch
+    # SLIP's CLIP baselines, 36.5 % and 37.6 %: warm-up of one epoch (there from lr 1e-6, down to 1e-5; eps 1e-8; ImageNet's mean)
     "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="clip"),
     "yfcc15m": dict(model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5, augment="clip"),
 }
@@ -549,7 +574,7 @@ def main(argv=None):
             module.checkpoint_activations = args.checkpoint_activations
     if args.model == "RN50":
         model.visual.to(memory_format=torch.channels_last)
-    # OpenAI's for ViTs, here for all towers; theirs for ResNets: (.9, .999), 1e-8
+    # OpenAI's for ViTs, here for all towers; OpenAI's for ResNets: (.9, .999), 1e-8
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     step, best, failed, bad = 0, -1., 0, 0

@@ -23,12 +23,15 @@ nothing new; if it grows, take a smaller --queue). 65,536 rows are the last 8 ba
 clip, nns and mlm of W ranks are those of one process with the whole batch: the queue holds the captions of all ranks and is
 the same on each, mlm divides by the words masked on all ranks. ssl is not, nor RN50: batch norm has its rank's statistics.
 
-What it brought (paper; RN50 on CC3M, ImageNet): CLIP 20.6 %, with MVS 24.8, SimSiam and MLM too 25.4, NNS too 27.2. MVS
-came with stronger augmentation: the baseline that has it too is clip.py --augment declip (on cc3m
-with --epochs 32; elsewhere the recipes differ).
+What it brought (ImageNet, zero-shot). RN50: 60.4 % from 56 M pairs, where OpenAI's CLIP has 59.6 from 400 M, 7.1 times as
+many; from 88 M 62.5, ViT-B-32 66.2 (CLIP 63.2). On YFCC15M-V2 with one recipe (authors' benchmark): ViT-B-32 43.2, CLIP
+32.8. Paper, RN50 on CC3M: CLIP 20.6, with MVS 24.8, SimSiam and MLM too 25.4, NNS too 27.2. But MVS came with stronger
+augmentation; the baseline that has it too is clip.py --augment declip (cc3m: with --epochs 32).
 
-The cost. Twice CLIP, for each tower runs twice; heads, queue and masked words add 2 % (ViT-B-32). The released code guesses
-words at all 77 positions, masked or not: a quarter of CLIP more, and 6 GB for 128 pairs instead of .3.
+The cost. Twice CLIP's FLOPs, for each tower runs twice (the paper: 1.5 times its time); heads, queue and masked words
+add 2 % of CLIP's (ViT-B-32). The released code needs more for the same loss: word logits at all 77 positions, though masked
+ones alone count (a quarter of CLIP, and 6 GB for 128 pairs instead of .3), a queue on the CPU, words edited and cut into
+tokens inside the step.
 
 How to run.
     python declip.py                                                      drawn toy data, any machine, minutes
@@ -46,23 +49,27 @@ The table of synonyms comes from WordNet's text files (wordnet.princeton.edu) by
         for word in filter(table.get, sorted(table)):
             print(word, ",".join(sorted(table[word])), sep=chr(9), file=file)
 
-Where paper and released code part, and what this file does.
+Where paper and released code part, and what this file does; what is not listed is as released.
     - The paper's sum is (1 - a - b - c) CLIP + a (SimSiam + MLM) + b MVS + c NNS with a = b = c = .2: .4 for the pair of the
       originals, .2 for the other three pairs together. The released code gives each of the four .1, and .2 to SimSiam, MLM
       and NNS; so do we. --w-clip --w-nn --w-ssl --w-mlm.
     - The paper's original text is the clean caption; the code's, and ours, the masked one (clean if --w-mlm is 0).
     - Also as released: a ViT's patch embedding stays random, nns is asked of pictures alone, the queue holds both texts, the
       text tower stays causal, so that mlm sees only what is to the left.
-    - Released: a queue for each rank (256 steps of its own 128 pairs), on the CPU, not saved; mlm is the mean of the ranks'
-      means. Ours: one queue, saved; one mean.
-    - Released: logit_scale starts at ln(1/.07), is moved to [3, 6], cut at 100 in the loss. Ours: starts at 3, in [3, ln 100].
+    - Released: a queue of 65,536 rows for each rank (256 steps of its own 128 pairs, two texts each), on the CPU, not
+      saved; mlm is the mean of the ranks' means. Ours: one queue, saved; one mean.
+    - Released: logit_scale starts at ln(1/.07), is moved to [3, 6] around each optimizer step (so s is 14.3 in the first
+      forward pass, 20.1 after it), and above 100 the loss takes 100 with the gradient of an uncut s. Ours: starts at 3,
+      stays in [3, ln 100].
     - Released: WordNet with lemmas, phrases and a list of stop words, by textaugment. Ours: a table of single words; without
       one, swaps and deletions alone.
     - Broken in the released code: a random word may be an end token, and the text is then read there (ours are ids below the
       start token); mlm is nan where no word is masked (0); a batch that crosses the queue's end loses its rest (it goes on
       at the start). These raise errors: RN50 with synchronised batch norm, fp16, several neighbours (here one).
     - Towers and AdamW are clip.py's (no bias in the text projection, eps 1e-6, vectors do not decay). The mask token is the
-      last row of the embedding: CLIP and open_clip expect token_embedding.weight[:-1].
+      last row of the embedding: CLIP and open_clip expect token_embedding.weight[:-1]. (Theirs lies below start and end
+      token, since the largest id marks the end; here encode_text is told where that is. Padding is id 0, a word, and never
+      masked.)
 
 Sources: Li et al. 2022 (arXiv 2110.05208), Cui et al. 2022 (arXiv 2203.05796), github.com/Sense-GVT/DeCLIP at 5d99a85.
 """
@@ -208,7 +215,8 @@ def simsiam_loss(p1, p2, z1, z2):
 
 class SimSiam(nn.Module):
     """Projector and predictor: x [B, D], the image tower's output, not of unit norm -> p, z [B, hidden]. Sizes of the released
-    prototype/model/declip.py. Batch norm has the statistics of this rank and of one view, so call it once for each view."""
+    prototype/model/declip.py (Chen & He: 2,048 wide, fed by the backbone, last batch norm without scale and shift, predictor at a
+    constant lr). Batch norm has the statistics of this rank and of one view, so call it once for each view."""
 
     def __init__(self, dim, hidden=1024, bottleneck=512):
         super().__init__()
@@ -261,7 +269,8 @@ def mlm_loss(logits, targets):
 
 def eda(caption, rng, synonyms=None):
     """A caption with one kind of change, each as likely: two words swapped; each word dropped with probability .1; all
-    occurrences of a word replaced by a synonym (Wei & Zou 2019, without insertion; released: textaugment with n = 1).
+    occurrences of a word replaced by a synonym (Wei & Zou 2019, who also insert words and change a tenth of them at a time; released:
+    textaugment with n = 1).
 
     rng: random.Random. synonyms: {lower-case word: list of synonyms}; without it the first two. One word is left at least.
     """
@@ -404,7 +413,8 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet: a stem of three convolutions, average pools for strides, attention in place of the last pool."""
+    """OpenAI's ResNet. torchvision's has one 7x7 for the three convolutions and a max pool for the mean pool of the stem, strides in
+    convolutions for average pools, a mean for the attention at the end."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
@@ -446,7 +456,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:
+        for block in self.transformer.resblocks:  # 2 x layers branches add up in the residual stream: each starts smaller by the root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -541,8 +551,8 @@ def build(source, cls=CLIP, **overrides):
 
 # views and picture
 
-AUGMENT = {  # share of the area that a crop has, arguments of data.color_params; by the method whose paper or code uses it
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines
+AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; no colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
@@ -685,7 +695,8 @@ RECIPES = {  # batch size is global, warm-up in steps
     "cc3m": dict(model="RN50", batch_size=1024, epochs=32, lr=1e-3, warmup=2000, weight_decay=.1, augment="declip"),
     # no source trains on it: the values of yfcc15m
     "cc12m": dict(model="ViT-B-32", batch_size=4096, epochs=32, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),
-    # released yfcc15m configurations: 128,001 steps (34 epochs, called 32), 43.2 % with ViT-B-32, 44.4 % with RN50
+    # all released (in fp32, lr from 1e-4): 128,001 steps (34 epochs, called 32), 43.2 % with ViT-B-32, 44.4 % with RN50. The paper's runs
+    # on 88 M pairs: batch 10,240, SGD for RN50 and for the text tower, AdamW for the ViT
     "yfcc15m": dict(model="ViT-B-32", batch_size=4096, epochs=34, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),
 }
 
@@ -797,7 +808,7 @@ def main(argv=None):
             module.checkpoint_activations = args.checkpoint_activations
     if args.model == "RN50":
         model.visual.to(memory_format=torch.channels_last)
-    # OpenAI's for ViTs, here for all towers; theirs for ResNets: (.9, .999), 1e-8
+    # OpenAI's for ViTs, here for all towers; OpenAI's for ResNets: (.9, .999), 1e-8
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     step, best, failed, bad = 0, -1., 0, 0

@@ -25,8 +25,9 @@ chance. D, T and t are constants of an episode (no momentum encoder, no queue): 
 a mean over samples against constants, so W ranks need no gather for it, and DDP's mean is exact. In the first --warmup-
 episodes L = L_clip: what an untrained model groups means nothing yet.
 
-The cost in FLOPs (RN50): one more forward pass over each pair, +33 %; K-means +1 %, the losses below +1 %. Each pair is also
-read and decoded twice, which is why the authors' runs took 1.8 times as long as CLIP's.
+The cost in FLOPs (RN50): one more forward pass over each pair, +33 %; K-means +1 %, the losses below +1 %. Each pair is
+also read and decoded twice, which is why the authors' runs took 1.8 times as long as CLIP's with as many epochs. (Their
+"third of the time" on YFCC15M is a quarter of the epochs.)
 
 How to run.
     python protoclip.py                                                  drawn toy data, any machine, minutes
@@ -37,23 +38,29 @@ How to run.
 
 The file of --teacher-features: floats [M, any], row i for the i-th pair in use, saved by numpy.save. The authors' is made
 with transformers' roberta-large: last_hidden_state of each caption, cut to 77 ids, mean over the positions (theirs takes in
-the padding, with id 0; leaving it out is saner), rows to unit norm, PCA to 64 dimensions without whitening. "captions" in
-place of a file makes one of the captions alone: TF-IDF, which is ours and not the authors'; it stays in --out.
+the padding, unmasked and with id 0, RoBERTa's start token; leaving it out is saner), rows to unit norm, PCA to 64
+dimensions without whitening. Only its groups are used: a rotation changes nothing. "captions" in place of a file makes one
+of the captions alone: TF-IDF, which is ours and not the authors'; it stays in --out.
 
-What to expect (authors' README, RN50, 2.5 M pairs of CC3M, with RoBERTa): zero-shot ImageNet 21.47 % (CLIP 19.46), linear
-probe 55.22 (49.41), COCO mean recall 35.69 (36.48); on YFCC15M, CLIP's accuracy in a third of its time. But their CLIP was
-augmented less, and their probe reads the training set in order of class and reports the best of 100 accuracies on the test set.
+What to expect (authors' README, RN50, 2.5 M pairs of CC3M, 32 epochs = 400 episodes, both with batch 512; with RoBERTa):
+zero-shot ImageNet 21.47 % (CLIP 19.46), linear probe 55.22 (49.41), COCO mean recall 35.69 (36.48); on YFCC15M, CLIP's
+accuracy in a third of its time. But their CLIP was augmented less (the fair one is --w-proto 0, or clip.py --augment
+protoclip for more epochs), and their probe reads the training set in order of class and reports the best of 100 accuracies
+on the test set.
 
 Where released code and this file part. The body of the paper was not at hand: "authors" are their code and README here.
-    - gradients are those of the whole batch; theirs are divided by W in towers and heads, so that --clip-grad bites W times
-      earlier here (the log has grad_norm);
-    - an episode's sample is a function of (seed, episode). Theirs: a resumed run begins with the first samples again; after rank 0
-      has drawn a t-SNE picture ranks draw other samples than it, with its external labels; clustering every second episode keeps
-      labels for samples that are drawn anew. Ours is whole batches (theirs groups an incomplete last one, not trained on);
+    - gradients are those of the whole batch; theirs, gathered without gradient, are divided by W in towers and heads (not
+      in scales). AdamW hides it, the bound on the gradient's norm does not: --clip-grad bites W times earlier here (see the
+      log's grad_norm);
+    - an episode's sample is a function of (seed, episode). Theirs comes from NumPy's global generator: a resumed run begins
+      with the first samples again; once rank 0 has drawn a t-SNE picture, which moves its generator, the external labels it
+      hands out belong to other samples on other ranks; clustering every second episode draws new samples under the old
+      labels. Ours is whole batches (199,680 of 200,000 with 512; theirs groups an incomplete last one, not trained on);
     - K-means runs on all ranks, which exchange sums (theirs: on one, results through files, so one machine); the rules are
       faiss's, the random choices our own; the best restart is that of the best final objective (theirs: one step before);
-    - no "locked image": their last two episodes set the image tower's learning rate to 0, where the schedule has brought it near 0
-      anyway. Prototypes, heads and soft targets are on by default (theirs: off, each by a flag of its own);
+    - no "locked image" (their LiT phase): in the last two episodes the prototype losses are off and the image tower's
+      learning rate is 0, where the schedule has brought all of them near 0 anyway. Prototypes, heads and soft targets are
+      on by default (theirs: off, each by a flag of its own);
     - towers are ours (GELU for QuickGELU), long captions keep their end token, the blur is at the scale of the picture;
     - a bad step leaves no trace in the running statistics of batch norms, with which features are extracted.
 Batch norm, in heads too, uses the statistics of its own rank, and rank 0's running ones, as theirs does.
@@ -137,7 +144,8 @@ def sample_episode(seed, episode, size, length):
 @torch.no_grad()
 def kmeans(x, k, iters=20, restarts=3, seed=0):
     """Lloyd's algorithm under the rules of faiss.Kmeans, which the released code calls (training/clustering.py): Euclidean,
-    centroids are plain means; an empty cluster moves beside another, drawn by its size; the best of some restarts.
+    centroids are plain means; an empty cluster (equal captions make equal rows) moves beside another, drawn by its size; the best
+    of some restarts.
 
     x: this rank's rows [n, d], r, r + W, ... of the whole; all ranks call it, and sums alone travel, in float64.
     Returns the labels [n] of these rows, centroids [k, d] and objective (float, the sum over the whole of the squared
@@ -379,7 +387,8 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet: a stem of three convolutions, average pools for strides, attention in place of the last pool."""
+    """OpenAI's ResNet. torchvision's has one 7x7 for the three convolutions and a max pool for the mean pool of the stem, strides in
+    convolutions for average pools, a mean for the attention at the end."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
@@ -421,7 +430,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:
+        for block in self.transformer.resblocks:  # 2 x layers branches add up in the residual stream: each starts smaller by the root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -504,8 +513,8 @@ def build(source, cls=CLIP, **overrides):
 
 # views and picture
 
-AUGMENT = {  # share of the area that a crop has, arguments of data.color_params; by the method whose paper or code uses it
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines
+AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; no colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
@@ -857,6 +866,7 @@ def main(argv=None):
                 rows.append([gather(x)[rank::world] for x in (*h, batch["index"].to(device))])  # rank, rank + W, ... of the episode
         model.train()
         h_image, h_text, index = map(torch.cat, zip(*rows))  # [m/W, d], [m/W, d], [m/W]
+        # in fp16 a new RN50 may overflow in eval mode, while its running statistics are still 0 and 1
         h_image, h_text = h_image.nan_to_num(0, 0, 0), h_text.nan_to_num(0, 0, 0)
         extracted = time.perf_counter()
         with evaluator.full_fp32():
@@ -888,7 +898,7 @@ def main(argv=None):
     bad_in_a_row, results = 0, None
     for episode in range(step // steps, episodes):
         batches.epoch, batches.indices = episode, sample_episode(args.seed, episode, args.episode_size, len(dataset))
-        grouped = episode >= args.warmup_episodes  # a factor
+        grouped = episode >= args.warmup_episodes  # a factor, 0 or 1: the heads run before too, as DDP waits for them
         w_proto, w_teacher = grouped * args.w_proto, grouped * args.w_teacher * (teacher is not None)
         if step % steps == 0 and (w_proto or w_teacher):
             batches.start, batches.stream = 0, 1  # the same samples in the same order, in crops of their own

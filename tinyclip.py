@@ -12,26 +12,29 @@ The loss. With unit rows x (image), y (text) of the student, u, v of the teacher
     A = softmax_row(s x y^T)    A* = softmax_row(s u v^T)    L_i2t = mean_i -sum_j A*_ij log A_ij    L_t2i: x and y, u and v swapped
     L = alpha (L_i2t + L_t2i) / 2 + (1 - alpha) L_CLIP        alpha = 1 by default: no label is ever used
 
-Only N x N affinities are compared, so the teacher's features may have another dimension. No gradient enters the teacher; it
-sees the student's crops and tokens.
+Only N x N affinities are compared, so the teacher's features may have another dimension and need no adapter. The soft
+cross-entropy is KL(A*, A) and A*'s entropy: equal models have gradient 0, and a teacher with s to infinity gives CLIP's
+loss. There is no factor for the temperature. No gradient enters the teacher; it sees the student's crops and tokens.
 
 The gates (--auto). Each gate has a logit a, and one draw a step for the whole batch:
 
     z = clip(1.2 sigmoid((logit(u) + a) / (2/3)) - .1, 0, 1)    u uniform; 0 and 1 have mass     P(z > 0) = sigmoid(a - 2/3 ln(.1/1.1))
-    L += l1 h + l2 h^2      h = max(0, target - share of both towers' attention and FFN weights that P(z > 0) lets expect to be gone)
+    L += l1 h + l2 h^2      h = max(0, target - removed)    removed: by P(z > 0), of both towers' attention and FFN weights
 
-z_hidden [C] multiplies what is written to the residual stream: the embeddings (of the image tower before ln_pre) and what each
-attention and FFN adds; z_heads [L, H] a head's output; z_ffn [L, F] a channel after GELU. LayerNorms see open channels alone.
-l1 and l2 are maximised: they grow while too little is gone, and target rises to --auto over --sparsity-warmup steps. After
---prune-step steps z without noise is multiplied in and zeros are cut out: a ragged dense model whose outputs are those of the
-model gated by these z; with a new optimizer it trains on.
-Each rank scores its rows against the columns of all, gathered with gradient; gates are drawn alike on all ranks: W ranks
-compute the loss and gradient of one process with all their pairs.
+z_hidden [C] multiplies what is written to the residual stream: the embeddings (of the image tower before ln_pre) and what
+each attention and FFN adds; z_heads [L, H] a head's output; z_ffn [L, F] a channel after GELU. LayerNorms see open channels
+alone; whole layers, what follows the last norm and D have no gates. l1 and l2 are maximised: they grow while too little is
+gone, and target rises to --auto over --sparsity-warmup steps. After --prune-step steps z without noise is multiplied in and
+zeros are cut out: a ragged dense model whose outputs are those of the model gated by these z; with a new optimizer it
+trains on. Each rank scores its rows against the columns of all, gathered with gradient; gates are drawn alike on all ranks:
+W ranks compute the loss and gradient of one process with all their pairs.
 
-The cost. Over CLIP on the same student the teacher's forward: 1.7 times the FLOPs for ViT-40M-32 from ViT-B-32, 1.3 to 1.7 for
-ViT-39M-16 from ViT-B-32 or -16; --cache-teacher-text saves its text half (captions are not augmented: the same but for fp16).
-Under gates the student still has its full size. Claimed (README): with YFCC-15M 63.5 % on ImageNet for ViT-39M-16-Text-19M, 41.1 % for
-ViT-8M-16-Text-3M, where a CLIP of eleven times its size has 37.6 %; training 1.4 to 7.8 times faster through inheritance.
+The cost. Over CLIP on the same student the teacher's forward: 1.7 times the FLOPs for ViT-40M-32 from ViT-B-32, 1.3 to 1.7
+for ViT-39M-16 from ViT-B-32 or -16; --cache-teacher-text saves its text half (captions are not augmented: the same but for
+fp16). Under gates the student still has its full size. Claimed (README), on ImageNet with YFCC-15M: 63.5 % for
+ViT-39M-16-Text-19M; 41.1 % for ViT-8M-16-Text-3M (millions without the token table, here 12.6), where a CLIP ViT-B-16,
+eleven times its size, has 37.6 (SLIP's figure; the authors trained none); training 1.4 to 7.8 times faster through
+inheritance.
 
 How to run.
     python clip.py && python tinyclip.py                     a teacher on the toy data, then a student of half its size
@@ -39,13 +42,17 @@ How to run.
     i=clip-toy; for s in 75 50 25; do python tinyclip.py --auto .$((100 - s)) --init runs/$i/last.pt --out runs/tiny-$s; i=tiny-$s; done
 
 Where paper and released code part, and what this file does.
-    - The paper also punishes removing too much; the code, and this file, only removing too little.
-    - The code's pruning is not exact (it multiplies z_hidden into the projections and drops the output bias of attentions
-      without heads); here gated and pruned model agree. Logits end at +-ln 100, where P(z > 0) is still .05: of 100 closed gates
-      five survive, in both codes.
-    - The code re-inflates a pruned model to put gates on it again; here gates stand on what is left. Shares are of the teacher.
-    - The code's gates differ between ranks; its scale is 14.3 in the first step, since it is set after each step only; each tower
-      has multipliers of its own. Its alpha 1, scale 50, gate lr .02 and first multipliers of 10 are ours too.
+    - The paper also punishes removing too much; the code, and this file, only removing too little: nothing pulls back what
+      is over.
+    - The code's pruning is not exact: it multiplies z_hidden into proj and text_projection, whose input no gate multiplies
+      (wrong where z is not 0 or 1), and drops the output bias of attentions without heads. Here gated and pruned model
+      agree. Logits end at +-ln 100, where P(z > 0) is .05 and .998: of 100 closed gates five survive, of 768 open ones two
+      are cut, in both codes.
+    - The code re-inflates a pruned model with closed gates to put gates on it again (order within an axis is free); here
+      they stand on what is left: what is dead cannot return and counts no .05. Shares are of the teacher's size, in both.
+    - The code's gates differ between ranks; its student has the scale 14.3 in the first step, since 50 is set after each
+      step only (without the flag it is learned, and the teacher keeps its own, near 100); each tower has multipliers of its
+      own. Its alpha 1, scale 50, gate lr .02, first multipliers of 10 and new optimizer after pruning are ours too.
     - "Uniform" layers are the first ones unless the depth is halved or more (12 -> 9: 0..8). The paper adds the two directions of
       the loss, the code halves the sum.
     - ResNets keep the AdamW of ViTs; towers with batch norm the statistics of their rank (eval mode in the teacher).
@@ -238,7 +245,7 @@ class Gates(nn.Module):
 
     def expected_params(self):
         """Weights of attention and FFN that are expected to stay: 4 * 64 a pair of hidden channel and head (and its share of the
-        biases), 2 a pair of hidden and FFN channel; biases of the FFN are left out, as in the official code."""
+        biases), 2 a pair of hidden and FFN channel; biases of the FFN are left out, as in the official code (original counts them)."""
         p = {kind: value.sum() for kind, value in self.probability().items()}
         return p["hidden"] * (p["heads"] * (4 * 64 + 4 / max(1, self.heads.shape[1])) + 2 * p["ffn"])
 
@@ -424,7 +431,8 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet: a stem of three convolutions, average pools for strides, attention in place of the last pool."""
+    """OpenAI's ResNet. torchvision's has one 7x7 for the three convolutions and a max pool for the mean pool of the stem, strides in
+    convolutions for average pools, a mean for the attention at the end."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
@@ -466,7 +474,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:
+        for block in self.transformer.resblocks:  # 2 x layers branches add up in the residual stream: each starts smaller by the root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -638,8 +646,8 @@ def encode_captions(teacher, tokenizer, dataset, device):
 
 # views and picture
 
-AUGMENT = {  # share of the area that a crop has, arguments of data.color_params; by the method whose paper or code uses it
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines
+AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; no colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
@@ -783,7 +791,9 @@ def init_distributed():
 # recipes and flags
 
 SIZES = ("vision_width", "vision_layers", "text_width", "text_layers")
-OFFICIAL = dict(  # manual_ and auto_weight_inherit_100to75.sh (there batch 32,768, crop (.9, 1)); 25 epochs: microsoft/Cream#244
+# manual_ and auto_weight_inherit_100to75.sh (there batch 32,768, 6 epochs of 400 M pairs, crop (.9, 1); the next stages, to .5 and .75,
+# prune at 5000 and 8000); 25 epochs: microsoft/Cream#244
+OFFICIAL = dict(
     model="ViT-39M-16-Text-19M", batch_size=4096, epochs=25, lr=1e-4, warmup=2000, weight_decay=.2, augment="clip",
     prune_step=3000, sparsity_warmup=1000, gate_lr=.02)
 RECIPES = {  # batch size is global, warm-up in steps; with --auto the warm-up is --prune-step, as in the official scripts
@@ -935,7 +945,7 @@ def main(argv=None):
     for net in (model, teacher):
         if isinstance(net.visual, ModifiedResNet):
             net.visual.to(memory_format=torch.channels_last)
-    # OpenAI's for ViTs, here for all towers; theirs for ResNets: (.9, .999), 1e-8
+    # OpenAI's for ViTs, here for all towers; OpenAI's for ResNets: (.9, .999), 1e-8
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
     if gated:
         for group in model.open_gates(args.gate_lr):
