@@ -25,12 +25,13 @@ What it brings, by its README: ImageNet zero-shot, ViT-B-16, 25 epochs of YFCC15
     the attentive half of one view, of two   --views 1 (or 2) --ssl 0                   39.5, 41.3
     A-CLIP; A-CLIP-eff                       default; --ema-size 112                    43.9, 42.9
 The paper has 28.5 for two views of the half that gets the least attention. So of 6.3 points masks and views bring 3.7,
-SimCLR and BYOL 2.6. (FLIP's masks: 98 single patches; ours 25 cells = 100.)
+SimCLR and BYOL 2.6. A-CLIP with 50 and 100 epochs: 46.3, 48.0; ViT-L-16 48.9 (CLIP's 40.4). Nothing is published for CC3M
+and CC12M. (FLIP's masks: 98 single patches; ours 25 cells = 100.)
 
 The cost. ViT-B-16: 159 GFLOP a pair, 1.29 times CLIP's (two views of 101 tokens forward and backward, the average's 197
 forward); 1.08 times with --ema-size 112 (A-CLIP-eff). Its README clocks 1.16 and 0.86 of CLIP's time, SLIP 2.67 (2.3 times
-A-CLIP's), with unfused attention, which is quadratic: two times 101 tokens cost half of 197. We clock 1.28 and 1.05 on a
-CPU core (fp32, batch 4, with the average's update). Memory: one more copy of the weights.
+A-CLIP's), with unfused attention, whose matrices, quadratic in tokens, two views of 101 halve (SLIP: three of 197). We
+clock 1.28 and 1.05 on a CPU core (fp32, batch 4, with the average's update). Memory: one more copy of the weights.
 
 How to run.
     python aclip.py                                                      drawn toy data, any machine, minutes
@@ -46,18 +47,21 @@ Where the released code (microsoft/A-CLIP) does otherwise, by its slips; here is
     - Its SimCLR compares view 1 with view 1: positives are equal, negatives alone have a gradient. Ours: view 1 with view 2.
     - Its EMA crop, by a wrong index (its left edge is drawn from a height) and a bound taken too early (before its corner
       moves), misses a part of a view in 70 % of the samples; that part scores 0 and is dropped first.
-    - ViT-S hands the mask ratio to the EMA tower too. With accumulation the EMA moves once a micro-batch.
+    - ViT-S hands the mask ratio to the EMA tower too. With accumulation negatives are those of a micro-batch, and the EMA
+      moves once in each.
     - It does not start: a module is missing, and a name is misspelt.
     - Captions cut at 77 tokens lose their end token and are read at the start token, a constant, as in SLIP.
 Where this file does otherwise, by choice.
-    - OpenAI's ViT for timm's (a norm in front, 1e-5 in norms, heads of 64 in ViT-S), class token without decay; bicubic crops
+    - OpenAI's ViT (a norm in front, eps 1e-5, heads of 64) where they have timm's; class token without decay; bicubic crops
       and OpenAI's mean.
-    - EMA of the whole model; theirs is of the image tower and the text blocks. Scores: one row a head; crops: one grid_sample.
+    - EMA of the whole model, so that it can be tested. Theirs lacks token table, positions and last norm of the text tower
+      and borrows the trained ones; which of the two models the published figures are of is not said.
+    - All view crops of a score map are one grid_sample, without waiting for the GPU; theirs loops over pictures, and waits.
     - The paper's figure gives the EMA tower the whole picture; here, as in the code, a crop around both views.
     - A-CLIP-eff is only named in the paper; that its positions are interpolated is our guess.
     - Colours jitter on the device; a flip of another method's --augment is left out, because crops must map onto each other.
-    - Batch norm is that of all ranks, for a head's input as a whole (both views); it keeps no running statistics, since only
-      training needs it.
+    - Batch norm (as theirs) is that of all ranks, for a head's input as a whole (both views), or targets would depend on
+      the number of GPUs; it keeps no running statistics, so that train and eval mode are one here.
 
 Do the masks find the object? Where a new tower's class token looks is chance. The object's share that the averaged tower keeps:
     by chance (9 of 16 cells)                                                                     56 %
@@ -396,7 +400,7 @@ class CLIP(nn.Module):
 
     def text_tokens(self, tokens):
         """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. Causal:
-        position j knows nothing of what follows it, so captions may be cut after the longest one's end token."""
+        position j knows nothing of what follows it, so the loader cuts captions after the longest one's end token."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         return self.ln_final(self.transformer(x, causal=True))
 
@@ -535,8 +539,8 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay; vectors and scalars (biases, norms, class token, logit_scale),
-    which limit no function by being small, and whatever name starts with one of no_decay do not."""
+    """Two AdamW groups of the trainable parameters: matrices decay (token table and positions too, which open_clip's newer code
+    spares); vectors and scalars (biases, norms, class token, logit_scale) and whatever name starts with one of no_decay do not."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -561,10 +565,10 @@ def load_checkpoint(path):
     return state
 
 
-def load_clip_state(path):
+def load_clip_state(path, quick_gelu=None):
     """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
     dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them."""
+    path is none of them, or if it says of itself that it was trained with another activation than quick_gelu."""
     try:
         if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
             content = bytearray(Path(path).read_bytes())
@@ -578,7 +582,8 @@ def load_clip_state(path):
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
                 state = torch.jit.load(path, map_location="cpu").state_dict()
-        script, state = state.get("script"), state.get("model", state.get("state_dict", state))
+        script, activation = state.get("script"), state.get("sizes", {}).get("quick_gelu")
+        state = state.get("model", state.get("state_dict", state))
         wrapped = re.compile(r"((module|text|_image_encoder|_text_encoder|_logit_scale)\.)*")  # by DDP, open_clip, TinyCLIP
         state = {key[wrapped.match(key).end():]: value.float() if value.is_floating_point() else value for key, value in state.items()}
         state["text_projection"], state["visual.conv1.weight"]
@@ -586,6 +591,8 @@ def load_clip_state(path):
             state["token_embedding.weight"] = state["token_embedding.weight"][:-1]
     except Exception as error:
         raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
+    if None not in (activation, quick_gelu) and activation != quick_gelu:
+        raise SystemExit(f"{path} was trained with{'out' * quick_gelu} --quick-gelu: {'leave it out' if quick_gelu else 'give it'}")
     return {key: value for key, value in state.items() if key.split(".")[0] in ENCODERS}
 
 
@@ -724,7 +731,7 @@ def main(argv=None):
     sizes["ssl_mlp_dim"] = args.ssl_mlp_dim if args.ssl else 0
     model = build(args.model, ACLIP, **sizes).to(device)
     if args.init and not saved:
-        state = load_clip_state(args.init)
+        state = load_clip_state(args.init, args.quick_gelu)
         if {key: value.shape for key, value in state.items()} != {
                 key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in ENCODERS}:
             raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and {tokenizer.vocab_size} tokens")

@@ -29,10 +29,14 @@ forward pass, and not with batch norm. It is not in here.
 Precision. Towers run in bf16, which has fp32's range and so needs no loss scaling (fp16 does, and large ViTs have diverged
 in it); normalisation, logits and loss in fp32.
 
+Zero-shot (eval.py): pictures with the shorter side at 224 and cut to the centre square; a class is the normalised mean of
+the unit features of its name in all prompts.
+
 A healthy run: the loss starts near ln N or a little above, s rises from 14 to 50-100; s falling towards 1 means that the
 learning rate is too high.
 
-The cost. Three times the forward pass: 44 GFLOP a pair for ViT-B-32, 55 for RN50, 123 for ViT-B-16; the loss is 0.1 % of it.
+The cost. 44 GFLOP a pair for ViT-B-32, 55 for RN50, 123 for ViT-B-16, three times the forward pass; the loss is 0.1 % of
+it.
 
 How to run.
     python clip.py                                                       drawn toy data, any machine, minutes
@@ -40,17 +44,18 @@ How to run.
     python eval.py runs/clip-toy/last.pt --images cat.jpg --texts "a cat" "a dog"
 
 Where published code differs from this file.
-    - SLIP scores local rows against columns gathered without gradient: a feature learns as a question (row) alone, not as an
-      answer (column), which is another direction. It is part of why its CLIP on CC12M (quoted by A-CLIP too) has 36.5 % and
-      LaCLIP's, with gradient, a larger batch and QK-norm, 40.2 %.
+    - SLIP scores local rows against columns gathered without gradient: a feature learns as a question (row) alone, not as
+      an answer (column), which is another direction. It is part of why its CLIP ViT-B-16 on CC12M (quoted by A-CLIP too)
+      has 36.5 % on ImageNet and LaCLIP's, with gradient, batch 8192 and QK-norm, 40.2 % (on CC3M it has less: 15.8 for
+      17.1).
     - open_clip by default scores [N, N] on each rank, its own rows alone with gradient: the encoders' gradients are divided
       by W, logit_scale's is not. Adam hides that; its eps and gradient clipping do not. Its large runs set --local-loss
       --gather-with-grad, which is ours (full rows with gradient would be right too, at W times the logits).
     - SLIP cuts long captions without an end token. The largest id is then the start token at place 0, which sees only
       itself: one constant feature for all of them. Here the last token becomes the end token.
     - OpenAI used QuickGELU; we use GELU (--quick-gelu for their weights). The wrong one loads without a word and costs
-      points, so checkpoints name theirs. SLIP's ViT is timm's (no norm before the blocks, a bias on patches); ours is
-      OpenAI's.
+      points, so checkpoints name theirs and --init compares. SLIP's ViT is timm's (no norm before the blocks, a bias on
+      patches); ours is OpenAI's.
     - Batch norm (RN50) uses the statistics of its own rank, as everyone's does: the one thing that W ranks do not share.
       Rank 0, which evaluates and saves, takes its own running ones.
 
@@ -299,7 +304,7 @@ class CLIP(nn.Module):
 
     def text_tokens(self, tokens):
         """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. Causal:
-        position j knows nothing of what follows it, so captions may be cut after the longest one's end token."""
+        position j knows nothing of what follows it, so the loader cuts captions after the longest one's end token."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         return self.ln_final(self.transformer(x, causal=True))
 
@@ -396,8 +401,8 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay; vectors and scalars (biases, norms, class token, logit_scale),
-    which limit no function by being small, and whatever name starts with one of no_decay do not."""
+    """Two AdamW groups of the trainable parameters: matrices decay (token table and positions too, which open_clip's newer code
+    spares); vectors and scalars (biases, norms, class token, logit_scale) and whatever name starts with one of no_decay do not."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -422,10 +427,10 @@ def load_checkpoint(path):
     return state
 
 
-def load_clip_state(path):
+def load_clip_state(path, quick_gelu=None):
     """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
     dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them."""
+    path is none of them, or if it says of itself that it was trained with another activation than quick_gelu."""
     try:
         if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
             content = bytearray(Path(path).read_bytes())
@@ -439,7 +444,8 @@ def load_clip_state(path):
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
                 state = torch.jit.load(path, map_location="cpu").state_dict()
-        script, state = state.get("script"), state.get("model", state.get("state_dict", state))
+        script, activation = state.get("script"), state.get("sizes", {}).get("quick_gelu")
+        state = state.get("model", state.get("state_dict", state))
         wrapped = re.compile(r"((module|text|_image_encoder|_text_encoder|_logit_scale)\.)*")  # by DDP, open_clip, TinyCLIP
         state = {key[wrapped.match(key).end():]: value.float() if value.is_floating_point() else value for key, value in state.items()}
         state["text_projection"], state["visual.conv1.weight"]
@@ -447,6 +453,8 @@ def load_clip_state(path):
             state["token_embedding.weight"] = state["token_embedding.weight"][:-1]
     except Exception as error:
         raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
+    if None not in (activation, quick_gelu) and activation != quick_gelu:
+        raise SystemExit(f"{path} was trained with{'out' * quick_gelu} --quick-gelu: {'leave it out' if quick_gelu else 'give it'}")
     return {key: value for key, value in state.items() if key.split(".")[0] in ENCODERS}
 
 
@@ -468,12 +476,13 @@ def init_distributed():
 
 # recipes and flags
 
-RECIPES = {  # batch size is global, warm-up in steps
+RECIPES = {  # batch size is global, warm-up in steps; percentages: zero-shot ImageNet
     "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy"),  # ours
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="clip"),  # ours
-    # OpenAI, to compare: 400 M pairs, 32 epochs, batch 32,768, lr 5e-4 (ViT-B), weight decay .2, warm-up 2000. Nobody clips gradients.
-    # open_clip's README: near 20 %, with crops of (.9, 1) and 10,000 steps of warm-up (at batch 4096 half of all); now its maintainer
-    # advises 2000
+    # OpenAI, to compare: 400 M pairs, 32 epochs, batch 32,768, lr 5e-4 (ViT-B), weight decay .2, warm-up 2000. None of these clips
+    # gradients. open_clip's README: near 20 %, with crops of (.9, 1) and a warm-up of 10,000 steps, of 85,000 in all (with batch 4096, of
+    # 21,000: harmful); its maintainer now advises 2000. Below 15 M pairs RN50 beats ViT-B-32; SLIP's ViT-B-16 here loses 3 points after its
+    # best epoch
     "cc3m": dict(model="RN50", batch_size=1024, epochs=30, lr=1e-3, warmup=2000, weight_decay=.1, augment="clip"),
     # SLIP's CLIP baselines, 36.5 % and 37.6 %: warm-up of one epoch (there from lr 1e-6, down to 1e-5; eps 1e-8; ImageNet's mean)
     "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="clip"),
@@ -564,7 +573,7 @@ def main(argv=None):
     sizes = dict(image_size=args.image_size, vocab=tokenizer.vocab_size, context=tokenizer.context, quick_gelu=args.quick_gelu)
     model = build(args.model, CLIP, **sizes).to(device)
     if args.init and not saved:
-        state = load_clip_state(args.init)
+        state = load_clip_state(args.init, args.quick_gelu)
         if {key: value.shape for key, value in state.items()} != {
                 key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in ENCODERS}:
             raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and {tokenizer.vocab_size} tokens")

@@ -14,19 +14,20 @@ The loss. Unit rows x_k of the two crops, y_v of the masked and the edited capti
     mlm  = cross-entropy of the masked words, read from the causal text tower before its projection
     L    = .4 clip + .2 nns + .2 ssl + .2 mlm
 
-One scale s serves clip and nns. As a target z is held constant, and the predictor stands on one side only: SimSiam found that
-without either all features become one. n is constant too: nns trains the image tower and s alone, and its negatives are the
-neighbours of the batch's other captions, not the queue. Each step first searches the queue, then puts both texts in, so that
-a caption can meet only its own row of an earlier epoch; the log has their share (own_neighbors: such a neighbour teaches
-nothing new; if it grows, take a smaller --queue). 65,536 rows are the last 8 batches of 4,096 pairs.
+One scale s serves clip and nns. As a target z is held constant, and the predictor stands on one side only: SimSiam found
+that without either all features become one. n is constant too: nns trains the image tower and s alone, and its negatives
+are the neighbours of the batch's other captions, not the queue. Each step first searches the queue, then puts both texts
+in, so that of itself a caption can meet only the row of an earlier epoch; the log has their share (own_neighbors: such a
+neighbour teaches nothing new; if it grows, take a smaller --queue). 65,536 rows are the last 8 batches of 4,096 pairs.
 
 clip, nns and mlm of W ranks are those of one process with the whole batch: the queue holds the captions of all ranks and is
 the same on each, mlm divides by the words masked on all ranks. ssl is not, nor RN50: batch norm has its rank's statistics.
 
 What it brought (ImageNet, zero-shot). RN50: 60.4 % from 56 M pairs, where OpenAI's CLIP has 59.6 from 400 M, 7.1 times as
 many; from 88 M 62.5, ViT-B-32 66.2 (CLIP 63.2). On YFCC15M-V2 with one recipe (authors' benchmark): ViT-B-32 43.2, CLIP
-32.8. Paper, RN50 on CC3M: CLIP 20.6, with MVS 24.8, SimSiam and MLM too 25.4, NNS too 27.2. But MVS came with stronger
-augmentation; the baseline that has it too is clip.py --augment declip (cc3m: with --epochs 32).
+32.8; RN50 44.4, 37.2. Paper, RN50 on CC3M: CLIP 20.6, with MVS 24.8, SimSiam and MLM too 25.4, NNS too 27.2; CLIP with
+twice the epochs and batch, 1.3 times DeCLIP's GPU hours, 22.3. But MVS came with stronger augmentation; the baseline that
+has it too is clip.py --augment declip (cc3m: with --epochs 32).
 
 The cost. Twice CLIP's FLOPs, for each tower runs twice (the paper: 1.5 times its time); heads, queue and masked words
 add 2 % of CLIP's (ViT-B-32). The released code needs more for the same loss: word logits at all 77 positions, though masked
@@ -50,26 +51,27 @@ The table of synonyms comes from WordNet's text files (wordnet.princeton.edu) by
             print(word, ",".join(sorted(table[word])), sep=chr(9), file=file)
 
 Where paper and released code part, and what this file does; what is not listed is as released.
-    - The paper's sum is (1 - a - b - c) CLIP + a (SimSiam + MLM) + b MVS + c NNS with a = b = c = .2: .4 for the pair of the
-      originals, .2 for the other three pairs together. The released code gives each of the four .1, and .2 to SimSiam, MLM
-      and NNS; so do we. --w-clip --w-nn --w-ssl --w-mlm.
+    - The paper's sum is (1 - a - b - c) CLIP + a (SimSiam + MLM) + b MVS + c NNS with a = b = c = .2 (1.2 in all): .4 for
+      the pair of the originals, .2 for the other three pairs together. The released code gives each of the four .1, and .2
+      to SimSiam, MLM and NNS; so do we. --w-clip --w-nn --w-ssl --w-mlm.
     - The paper's original text is the clean caption; the code's, and ours, the masked one (clean if --w-mlm is 0).
     - Also as released: a ViT's patch embedding stays random, nns is asked of pictures alone, the queue holds both texts, the
       text tower stays causal, so that mlm sees only what is to the left.
     - Released: a queue of 65,536 rows for each rank (256 steps of its own 128 pairs, two texts each), on the CPU, not
       saved; mlm is the mean of the ranks' means. Ours: one queue, saved; one mean.
-    - Released: logit_scale starts at ln(1/.07), is moved to [3, 6] around each optimizer step (so s is 14.3 in the first
-      forward pass, 20.1 after it), and above 100 the loss takes 100 with the gradient of an uncut s. Ours: starts at 3,
+    - Released: logit_scale starts at ln(1/.07), is moved to [3, 6] at each optimizer step (s is 14.3 in the first forward
+      pass, 20.1 in the second); where s is above 100 the loss is that of 100, its gradient that of s. Ours: starts at 3,
       stays in [3, ln 100].
     - Released: WordNet with lemmas, phrases and a list of stop words, by textaugment. Ours: a table of single words; without
       one, swaps and deletions alone.
-    - Broken in the released code: a random word may be an end token, and the text is then read there (ours are ids below the
-      start token); mlm is nan where no word is masked (0); a batch that crosses the queue's end loses its rest (it goes on
-      at the start). These raise errors: RN50 with synchronised batch norm, fp16, several neighbours (here one).
-    - Towers and AdamW are clip.py's (no bias in the text projection, eps 1e-6, vectors do not decay). The mask token is the
-      last row of the embedding: CLIP and open_clip expect token_embedding.weight[:-1]. (Theirs lies below start and end
-      token, since the largest id marks the end; here encode_text is told where that is. Padding is id 0, a word, and never
-      masked.)
+    - Broken in the released code: a random word may be an end token, and the text is then read there (ours are ids below
+      the start token); mlm is nan where no word is masked (ours 0); a batch that crosses the queue's end loses its rest
+      (ours goes on at the start). These raise errors: RN50 with synchronised batch norm, fp16, several neighbours (ours:
+      one).
+    - Towers and AdamW are clip.py's (no bias in the text projection; eps 1e-6; no decay of the class token and
+      in_proj_bias, which their rule by kinds of layer overlooks). The mask token is the last row of the embedding: CLIP and
+      open_clip expect token_embedding.weight[:-1]. (Theirs lies below start and end token, since the largest id marks the
+      end; here encode_text is told where that is. Padding is id 0, a word, and never masked.)
 
 Sources: Li et al. 2022 (arXiv 2110.05208), Cui et al. 2022 (arXiv 2203.05796), github.com/Sense-GVT/DeCLIP at 5d99a85.
 """
@@ -468,7 +470,7 @@ class CLIP(nn.Module):
 
     def text_tokens(self, tokens):
         """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. Causal:
-        position j knows nothing of what follows it, so captions may be cut after the longest one's end token."""
+        position j knows nothing of what follows it, so the loader cuts captions after the longest one's end token."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         return self.ln_final(self.transformer(x, causal=True))
 
@@ -614,8 +616,8 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay; vectors and scalars (biases, norms, class token, logit_scale),
-    which limit no function by being small, and whatever name starts with one of no_decay do not."""
+    """Two AdamW groups of the trainable parameters: matrices decay (token table and positions too, which open_clip's newer code
+    spares); vectors and scalars (biases, norms, class token, logit_scale) and whatever name starts with one of no_decay do not."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -640,10 +642,10 @@ def load_checkpoint(path):
     return state
 
 
-def load_clip_state(path):
+def load_clip_state(path, quick_gelu=None):
     """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
     dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them."""
+    path is none of them, or if it says of itself that it was trained with another activation than quick_gelu."""
     try:
         if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
             content = bytearray(Path(path).read_bytes())
@@ -657,7 +659,8 @@ def load_clip_state(path):
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
                 state = torch.jit.load(path, map_location="cpu").state_dict()
-        script, state = state.get("script"), state.get("model", state.get("state_dict", state))
+        script, activation = state.get("script"), state.get("sizes", {}).get("quick_gelu")
+        state = state.get("model", state.get("state_dict", state))
         wrapped = re.compile(r"((module|text|_image_encoder|_text_encoder|_logit_scale)\.)*")  # by DDP, open_clip, TinyCLIP
         state = {key[wrapped.match(key).end():]: value.float() if value.is_floating_point() else value for key, value in state.items()}
         state["text_projection"], state["visual.conv1.weight"]
@@ -665,6 +668,8 @@ def load_clip_state(path):
             state["token_embedding.weight"] = state["token_embedding.weight"][:-1]
     except Exception as error:
         raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
+    if None not in (activation, quick_gelu) and activation != quick_gelu:
+        raise SystemExit(f"{path} was trained with{'out' * quick_gelu} --quick-gelu: {'leave it out' if quick_gelu else 'give it'}")
     return {key: value for key, value in state.items() if key.split(".")[0] in ENCODERS}
 
 
@@ -691,7 +696,8 @@ RECIPES = {  # batch size is global, warm-up in steps
     # since the captions name colours
     "toy": dict(model="tiny", batch_size=128, epochs=1, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy"),
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="declip"),  # ours
-    # the optimiser of clip.py, so that the two compare; 32 epochs as in the paper's ablation on CC3M (RN50: 20.6 -> 27.2)
+    # the optimiser of clip.py, so that the two compare; 32 epochs as in the paper's ablation on CC3M (RN50: 20.6 -> 27.2), whose
+    # other values are not public
     "cc3m": dict(model="RN50", batch_size=1024, epochs=32, lr=1e-3, warmup=2000, weight_decay=.1, augment="declip"),
     # no source trains on it: the values of yfcc15m
     "cc12m": dict(model="ViT-B-32", batch_size=4096, epochs=32, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),
@@ -796,7 +802,7 @@ def main(argv=None):
     model = build(args.model, DeCLIP, **sizes, **heads).to(device)
     queue = FeatureQueue(args.queue, model.text_projection.shape[1], device) if args.w_nn else None
     if args.init and not saved:
-        state = load_clip_state(args.init)
+        state = load_clip_state(args.init, args.quick_gelu)
         mask = model.token_embedding.weight[-1:].detach().cpu()  # towers have none
         state["token_embedding.weight"] = torch.cat([state["token_embedding.weight"], mask])
         if {key: value.shape for key, value in state.items()} != {

@@ -270,6 +270,10 @@ def test_load_clip_state_formats(tmp_path):
     for name in ("text", "foreign", "missing"):
         with pytest.raises(SystemExit, match=f"{name}.pt"):
             clip.load_clip_state(tmp_path / f"{name}.pt")
+    clip.save_checkpoint(tmp_path / "quick.pt", script="clip", step=1, model=state, sizes=dict(quick_gelu=True))
+    assert len(clip.load_clip_state(tmp_path / "quick.pt", True)) == len(state) == len(clip.load_clip_state(tmp_path / "plain.pt", False))
+    with pytest.raises(SystemExit, match="quick.pt was trained with --quick-gelu: give it"):
+        clip.load_clip_state(tmp_path / "quick.pt", False)
 
 
 # schedule, groups, checkpoints
