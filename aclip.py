@@ -25,13 +25,13 @@ What it brings, by its README: ImageNet zero-shot, ViT-B-16, 25 epochs of YFCC15
     the attentive half of one view, of two   --views 1 (or 2) --ssl 0                   39.5, 41.3
     A-CLIP; A-CLIP-eff                       default; --ema-size 112                    43.9, 42.9
 The paper has 28.5 for two views of the half that gets the least attention. So of 6.3 points masks and views bring 3.7,
-SimCLR and BYOL 2.6. A-CLIP with 50 and 100 epochs: 46.3, 48.0; ViT-L-16 48.9 (CLIP's 40.4). Nothing is published for CC3M
-and CC12M. (FLIP's masks: 98 single patches; ours 25 cells = 100.)
+SimCLR and BYOL 2.6. A-CLIP with 50 and 100 epochs: 46.3, 48.0; ViT-L-16, 25: 48.9 (CLIP's 40.4). Nothing is published for
+CC3M and CC12M. (Random masks: 98 single patches; attentive: 25 cells = 100.)
 
 The cost. ViT-B-16: 159 GFLOP a pair, 1.29 times CLIP's (two views of 101 tokens forward and backward, the average's 197
 forward); 1.08 times with --ema-size 112 (A-CLIP-eff). Its README clocks 1.16 and 0.86 of CLIP's time, SLIP 2.67 (2.3 times
-A-CLIP's), with unfused attention, whose matrices, quadratic in tokens, two views of 101 halve (SLIP: three of 197). We
-clock 1.28 and 1.05 on a CPU core (fp32, batch 4, with the average's update). Memory: one more copy of the weights.
+A-CLIP's), with unfused attention, whose matrices are half as large for two views of 101 tokens as for one of 197. We clock
+1.28 and 1.05 on a CPU core (fp32, batch 4, with the average's update). Memory: one more copy of the weights.
 
 How to run.
     python aclip.py                                                      drawn toy data, any machine, minutes
@@ -52,16 +52,16 @@ Where the released code (microsoft/A-CLIP) does otherwise, by its slips; here is
     - It does not start: a module is missing, and a name is misspelt.
     - Captions cut at 77 tokens lose their end token and are read at the start token, a constant, as in SLIP.
 Where this file does otherwise, by choice.
-    - OpenAI's ViT (a norm in front, eps 1e-5, heads of 64) where they have timm's; class token without decay; bicubic crops
-      and OpenAI's mean.
+    - OpenAI's ViT (a norm in front, eps 1e-5; ViT-S: heads of 64) for timm's; class token without decay; bicubic crops and
+      OpenAI's mean.
     - EMA of the whole model, so that it can be tested. Theirs lacks token table, positions and last norm of the text tower
       and borrows the trained ones; which of the two models the published figures are of is not said.
     - All view crops of a score map are one grid_sample, without waiting for the GPU; theirs loops over pictures, and waits.
     - The paper's figure gives the EMA tower the whole picture; here, as in the code, a crop around both views.
     - A-CLIP-eff is only named in the paper; that its positions are interpolated is our guess.
     - Colours jitter on the device; a flip of another method's --augment is left out, because crops must map onto each other.
-    - Batch norm (as theirs) is that of all ranks, for a head's input as a whole (both views), or targets would depend on
-      the number of GPUs; it keeps no running statistics, so that train and eval mode are one here.
+    - Batch norm (as theirs) is that of all ranks, for a head's input as a whole (both views), or losses would depend on the
+      number of GPUs; it keeps no running statistics, since only training needs it: train and eval mode are one here.
 
 Do the masks find the object? Where a new tower's class token looks is chance. The object's share that the averaged tower keeps:
     by chance (9 of 16 cells)                                                                     56 %
@@ -388,7 +388,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:  # 2 x layers branches add up in the residual stream: each starts smaller by the root
+        for block in self.transformer.resblocks:  # of out_proj and c_proj 2 x layers add up, so each starts smaller by the root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -480,7 +480,7 @@ def build(source, cls=CLIP, **overrides):
 # views and picture
 
 AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; no colours
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; none colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
@@ -539,8 +539,8 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay (token table and positions too, which open_clip's newer code
-    spares); vectors and scalars (biases, norms, class token, logit_scale) and whatever name starts with one of no_decay do not."""
+    """Two AdamW groups of the trainable parameters: matrices decay (token table too, and positions, which newer
+    open_clip spares); vectors and scalars (biases, norms, class token, logit_scale) and names that start with one of no_decay do not."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -568,7 +568,7 @@ def load_checkpoint(path):
 def load_clip_state(path, quick_gelu=None):
     """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
     dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it says of itself that it was trained with another activation than quick_gelu."""
+    path is none of them, or if it is ours and was trained with another activation than quick_gelu (None: not compared)."""
     try:
         if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
             content = bytearray(Path(path).read_bytes())
@@ -621,7 +621,7 @@ RECIPES = {  # batch size is global, warm-up in steps
     "small": dict(model="tiny-4", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="aclip", ssl_mlp_dim=512,
                   ema_momentum=.9),  # ours
     # YFCC15M: the values of A-CLIP's README command, with which (and masks, which it forgets) it reports 43.9 %; its argparse defaults
-    # are others (lr 3e-3, weight decay .1). AdamW's values, the schedule and no clipping are released too. Epochs of CC3M and CC12M are
+    # are others (lr 3e-3, weight decay .1). AdamW's values, schedule, no clipping: as released. Epochs of CC3M and CC12M are
     # SLIP's; a warm-up of one epoch
     "cc3m": dict(model="ViT-B-16", batch_size=4096, epochs=40, lr=5e-4, warmup=700, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096,
                  ema_momentum=.996),

@@ -9,28 +9,28 @@ The loss. Unit rows x_i (image) and y_j (text), a learned scale s = exp(logit_sc
 
     S_ij = s <x_i, y_j>        L = 1/2 [ mean_i -log softmax_row(S)_ii  +  mean_j -log softmax_column(S)_jj ]
 
-All captions but its own are wrong for a picture, also one that would fit. Without the scale cosines, which end at 1, could
-not bring the loss down: 4,096 perfect pairs, orthogonal to each other, leave ln(1 + 4095 e^-s), 7.3 of ln N = 8.3 at s = 1,
-but .003 at 14.3. The gradient:
+All captions but its own are wrong for a picture, also one that would fit. Without s the loss could not get low, as cosines
+end at 1: 4,096 perfect pairs, all other cosines 0, leave ln(1 + 4095 e^-s), 7.3 of ln N = 8.3 at s = 1, but .003 at 14.3.
+The gradient:
 
     G = (softmax_row(S) + softmax_column(S) - 2 I) / 2N        dL/dx = s G y    dL/dy = s G^T x    dL/dlogit_scale = sum_ij G_ij S_ij
 
-and before the normalisation it is orthogonal to a feature, whose length does not count.
+The gradient of a feature before its normalisation is orthogonal to it.
 
 W ranks with B pairs each score their own rows against the columns of all ranks ([B, N] logits, not [N, N]), gathered *with*
 gradient. The gather's backward sums over ranks, DDP's mean divides by W: together the loss and gradient of one process with
-the batch N = W*B. The loader keeps B equal (it drops an epoch's last, smaller batch and puts another picture in the place
-of a broken one) and the batch of a step the same for any W and after a restart: a function of seed, epoch and position.
+the batch N = W*B. The loader keeps B equal (it drops an epoch's last, smaller batch and puts another pair in the place of a
+broken one) and the batch of a step the same for any W and after a restart: a function of seed, epoch and position.
 
-The negatives are the batch: k small batches in a row (gradient accumulation) would be another, easier loss. Exact accumulation
-computes all features without gradient, then each small batch anew, with gradient, among the others' features: one more
-forward pass, and not with batch norm. It is not in here.
+The negatives are the batch: k small batches in a row (gradient accumulation) would be another, easier loss. Exact
+accumulation computes all features without gradient, then each small batch anew, with gradient, among the others' features:
+one more forward pass; batch norm would see small batches. It is not in here.
 
-Precision. Towers run in bf16, which has fp32's range and so needs no loss scaling (fp16 does, and large ViTs have diverged
-in it); normalisation, logits and loss in fp32.
+Precision. On a GPU that has it towers run in bf16, which has fp32's range and so needs no loss scaling (fp16 does, and
+large ViTs have diverged in it); normalisation, logits and loss in fp32.
 
-Zero-shot (eval.py): pictures with the shorter side at 224 and cut to the centre square; a class is the normalised mean of
-the unit features of its name in all prompts.
+Zero-shot (eval.py): pictures with the shorter side at the model's size, cut to the centre square; a class is the normalised
+mean of the unit features of its name in all prompts.
 
 A healthy run: the loss starts near ln N or a little above, s rises from 14 to 50-100; s falling towards 1 means that the
 learning rate is too high.
@@ -45,19 +45,18 @@ How to run.
 
 Where published code differs from this file.
     - SLIP scores local rows against columns gathered without gradient: a feature learns as a question (row) alone, not as
-      an answer (column), which is another direction. It is part of why its CLIP ViT-B-16 on CC12M (quoted by A-CLIP too)
-      has 36.5 % on ImageNet and LaCLIP's, with gradient, batch 8192 and QK-norm, 40.2 % (on CC3M it has less: 15.8 for
-      17.1).
-    - open_clip by default scores [N, N] on each rank, its own rows alone with gradient: the encoders' gradients are divided
-      by W, logit_scale's is not. Adam hides that; its eps and gradient clipping do not. Its large runs set --local-loss
-      --gather-with-grad, which is ours (full rows with gradient would be right too, at W times the logits).
+      an answer (column), which is another direction. It is part of why its CLIP ViT-B-16 on CC12M has 36.5 % on ImageNet
+      and LaCLIP's, with gradient, a larger batch and QK-norm, 40.2 % (CC3M: LaCLIP 15.8, SLIP 17.1).
+    - open_clip by default scores [N, N] on each rank, its own features alone with gradient: the encoders' gradients are
+      divided by W, logit_scale's is not. Adam hides that; its eps and gradient clipping do not. Its large runs set
+      --local-loss --gather-with-grad, which is ours (all [N, N] with gradient is right too, at W times the logits).
     - SLIP cuts long captions without an end token. The largest id is then the start token at place 0, which sees only
       itself: one constant feature for all of them. Here the last token becomes the end token.
     - OpenAI used QuickGELU; we use GELU (--quick-gelu for their weights). The wrong one loads without a word and costs
-      points, so checkpoints name theirs and --init compares. SLIP's ViT is timm's (no norm before the blocks, a bias on
-      patches); ours is OpenAI's.
+      points, so our checkpoints name theirs, and --init compares. SLIP's ViT is timm's (no norm before the blocks, a bias
+      on patches); ours is OpenAI's.
     - Batch norm (RN50) uses the statistics of its own rank, as everyone's does: the one thing that W ranks do not share.
-      Rank 0, which evaluates and saves, takes its own running ones.
+      All ranks evaluate with rank 0's running ones, which are saved.
 
 Sources: Radford et al. 2021 (arXiv 2103.00020) and github.com/openai/CLIP; github.com/mlfoundations/open_clip for recipes.
 """
@@ -249,8 +248,8 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet. torchvision's has one 7x7 for the three convolutions and a max pool for the mean pool of the stem, strides in
-    convolutions for average pools, a mean for the attention at the end."""
+    """OpenAI's ResNet. Where it has three stem convolutions, a mean pool, average pools for strides and attention at the end, torchvision's
+    has one 7x7, a max pool, strided convolutions and a mean."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
@@ -292,7 +291,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:  # 2 x layers branches add up in the residual stream: each starts smaller by the root
+        for block in self.transformer.resblocks:  # of out_proj and c_proj 2 x layers add up, so each starts smaller by the root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -358,7 +357,7 @@ def build(source, cls=CLIP, **overrides):
 # views and picture
 
 AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; no colours
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; none colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
@@ -401,8 +400,8 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay (token table and positions too, which open_clip's newer code
-    spares); vectors and scalars (biases, norms, class token, logit_scale) and whatever name starts with one of no_decay do not."""
+    """Two AdamW groups of the trainable parameters: matrices decay (token table too, and positions, which newer
+    open_clip spares); vectors and scalars (biases, norms, class token, logit_scale) and names that start with one of no_decay do not."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -430,7 +429,7 @@ def load_checkpoint(path):
 def load_clip_state(path, quick_gelu=None):
     """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
     dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it says of itself that it was trained with another activation than quick_gelu."""
+    path is none of them, or if it is ours and was trained with another activation than quick_gelu (None: not compared)."""
     try:
         if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
             content = bytearray(Path(path).read_bytes())
@@ -479,12 +478,12 @@ def init_distributed():
 RECIPES = {  # batch size is global, warm-up in steps; percentages: zero-shot ImageNet
     "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy"),  # ours
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="clip"),  # ours
-    # OpenAI, to compare: 400 M pairs, 32 epochs, batch 32,768, lr 5e-4 (ViT-B), weight decay .2, warm-up 2000. None of these clips
-    # gradients. open_clip's README: near 20 %, with crops of (.9, 1) and a warm-up of 10,000 steps, of 85,000 in all (with batch 4096, of
-    # 21,000: harmful); its maintainer now advises 2000. Below 15 M pairs RN50 beats ViT-B-32; SLIP's ViT-B-16 here loses 3 points after its
-    # best epoch
+    # OpenAI, to compare: 400 M pairs, 32 epochs, batch 32,768, lr 5e-4 (ViT-B), weight decay .2, warm-up 2000. OpenAI,
+    # open_clip and SLIP clip no gradients. open_clip's README: near 20 %, with crops of (.9, 1) and a warm-up of 10,000
+    # steps, of 85,000 (of 21,000 with batch 4096: too long); its maintainer now advises 1000 to 2000. Below 15 M pairs RN50
+    # beats ViT-B-32; SLIP's ViT-B-16 here loses 3 points after its best epoch
     "cc3m": dict(model="RN50", batch_size=1024, epochs=30, lr=1e-3, warmup=2000, weight_decay=.1, augment="clip"),
-    # SLIP's CLIP baselines, 36.5 % and 37.6 %: warm-up of one epoch (there from lr 1e-6, down to 1e-5; eps 1e-8; ImageNet's mean)
+    # SLIP's CLIP baselines, 36.5 % and 37.6 %: warm-up of one epoch (there lr from 1e-6, at the end 1e-5; eps 1e-8; ImageNet's mean)
     "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="clip"),
     "yfcc15m": dict(model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5, augment="clip"),
 }

@@ -17,17 +17,17 @@ The loss. Unit rows x_k of the two crops, y_v of the masked and the edited capti
 One scale s serves clip and nns. As a target z is held constant, and the predictor stands on one side only: SimSiam found
 that without either all features become one. n is constant too: nns trains the image tower and s alone, and its negatives
 are the neighbours of the batch's other captions, not the queue. Each step first searches the queue, then puts both texts
-in, so that of itself a caption can meet only the row of an earlier epoch; the log has their share (own_neighbors: such a
-neighbour teaches nothing new; if it grows, take a smaller --queue). 65,536 rows are the last 8 batches of 4,096 pairs.
+in, so a caption can meet its own row only from an earlier epoch; the log has their share (own_neighbors: such a neighbour
+teaches nothing new; if it grows, take a smaller --queue). 65,536 rows are the last 8 batches of 4,096 pairs.
 
 clip, nns and mlm of W ranks are those of one process with the whole batch: the queue holds the captions of all ranks and is
 the same on each, mlm divides by the words masked on all ranks. ssl is not, nor RN50: batch norm has its rank's statistics.
 
 What it brought (ImageNet, zero-shot). RN50: 60.4 % from 56 M pairs, where OpenAI's CLIP has 59.6 from 400 M, 7.1 times as
-many; from 88 M 62.5, ViT-B-32 66.2 (CLIP 63.2). On YFCC15M-V2 with one recipe (authors' benchmark): ViT-B-32 43.2, CLIP
-32.8; RN50 44.4, 37.2. Paper, RN50 on CC3M: CLIP 20.6, with MVS 24.8, SimSiam and MLM too 25.4, NNS too 27.2; CLIP with
-twice the epochs and batch, 1.3 times DeCLIP's GPU hours, 22.3. But MVS came with stronger augmentation; the baseline that
-has it too is clip.py --augment declip (cc3m: with --epochs 32).
+many; from 88 M 62.5, ViT-B-32 66.2 (CLIP 63.2). On YFCC15M-V2 (authors' benchmark; CLIP with weak crops alone): ViT-B-32
+43.2, CLIP 32.8; RN50 44.4, 37.2. Paper, RN50 on CC3M: CLIP 20.6, with MVS 24.8, SimSiam and MLM too 25.4, NNS too 27.2;
+CLIP with twice the epochs and batch, 1.3 times DeCLIP's GPU hours, 22.3. But MVS came with stronger augmentation; the
+baseline that has it too is clip.py --augment declip (cc3m: with --epochs 32).
 
 The cost. Twice CLIP's FLOPs, for each tower runs twice (the paper: 1.5 times its time); heads, queue and masked words
 add 2 % of CLIP's (ViT-B-32). The released code needs more for the same loss: word logits at all 77 positions, though masked
@@ -50,7 +50,7 @@ The table of synonyms comes from WordNet's text files (wordnet.princeton.edu) by
         for word in filter(table.get, sorted(table)):
             print(word, ",".join(sorted(table[word])), sep=chr(9), file=file)
 
-Where paper and released code part, and what this file does; what is not listed is as released.
+Where paper and released code part, and what this file does.
     - The paper's sum is (1 - a - b - c) CLIP + a (SimSiam + MLM) + b MVS + c NNS with a = b = c = .2 (1.2 in all): .4 for
       the pair of the originals, .2 for the other three pairs together. The released code gives each of the four .1, and .2
       to SimSiam, MLM and NNS; so do we. --w-clip --w-nn --w-ssl --w-mlm.
@@ -60,8 +60,8 @@ Where paper and released code part, and what this file does; what is not listed 
     - Released: a queue of 65,536 rows for each rank (256 steps of its own 128 pairs, two texts each), on the CPU, not
       saved; mlm is the mean of the ranks' means. Ours: one queue, saved; one mean.
     - Released: logit_scale starts at ln(1/.07), is moved to [3, 6] at each optimizer step (s is 14.3 in the first forward
-      pass, 20.1 in the second); where s is above 100 the loss is that of 100, its gradient that of s. Ours: starts at 3,
-      stays in [3, ln 100].
+      pass, 20.1 in the second); where s is above 100 the loss is that of 100, but logit_scale's gradient has s. Ours:
+      starts at 3, stays in [3, ln 100].
     - Released: WordNet with lemmas, phrases and a list of stop words, by textaugment. Ours: a table of single words; without
       one, swaps and deletions alone.
     - Broken in the released code: a random word may be an end token, and the text is then read there (ours are ids below
@@ -71,7 +71,7 @@ Where paper and released code part, and what this file does; what is not listed 
     - Towers and AdamW are clip.py's (no bias in the text projection; eps 1e-6; no decay of the class token and
       in_proj_bias, which their rule by kinds of layer overlooks). The mask token is the last row of the embedding: CLIP and
       open_clip expect token_embedding.weight[:-1]. (Theirs lies below start and end token, since the largest id marks the
-      end; here encode_text is told where that is. Padding is id 0, a word, and never masked.)
+      end; here the end is found before masking. Padding is id 0, a word, and never masked.)
 
 Sources: Li et al. 2022 (arXiv 2110.05208), Cui et al. 2022 (arXiv 2203.05796), github.com/Sense-GVT/DeCLIP at 5d99a85.
 """
@@ -271,7 +271,7 @@ def mlm_loss(logits, targets):
 
 def eda(caption, rng, synonyms=None):
     """A caption with one kind of change, each as likely: two words swapped; each word dropped with probability .1; all
-    occurrences of a word replaced by a synonym (Wei & Zou 2019, who also insert words and change a tenth of them at a time; released:
+    occurrences of a word replaced by a synonym (Wei & Zou 2019, who also insert words and change a tenth of a caption; released:
     textaugment with n = 1).
 
     rng: random.Random. synonyms: {lower-case word: list of synonyms}; without it the first two. One word is left at least.
@@ -415,8 +415,8 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet. torchvision's has one 7x7 for the three convolutions and a max pool for the mean pool of the stem, strides in
-    convolutions for average pools, a mean for the attention at the end."""
+    """OpenAI's ResNet. Where it has three stem convolutions, a mean pool, average pools for strides and attention at the end, torchvision's
+    has one 7x7, a max pool, strided convolutions and a mean."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
@@ -458,7 +458,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:  # 2 x layers branches add up in the residual stream: each starts smaller by the root
+        for block in self.transformer.resblocks:  # of out_proj and c_proj 2 x layers add up, so each starts smaller by the root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -554,7 +554,7 @@ def build(source, cls=CLIP, **overrides):
 # views and picture
 
 AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; no colours
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; none colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
@@ -616,8 +616,8 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay (token table and positions too, which open_clip's newer code
-    spares); vectors and scalars (biases, norms, class token, logit_scale) and whatever name starts with one of no_decay do not."""
+    """Two AdamW groups of the trainable parameters: matrices decay (token table too, and positions, which newer
+    open_clip spares); vectors and scalars (biases, norms, class token, logit_scale) and names that start with one of no_decay do not."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -645,7 +645,7 @@ def load_checkpoint(path):
 def load_clip_state(path, quick_gelu=None):
     """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
     dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it says of itself that it was trained with another activation than quick_gelu."""
+    path is none of them, or if it is ours and was trained with another activation than quick_gelu (None: not compared)."""
     try:
         if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
             content = bytearray(Path(path).read_bytes())
@@ -697,7 +697,7 @@ RECIPES = {  # batch size is global, warm-up in steps
     "toy": dict(model="tiny", batch_size=128, epochs=1, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy"),
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="declip"),  # ours
     # the optimiser of clip.py, so that the two compare; 32 epochs as in the paper's ablation on CC3M (RN50: 20.6 -> 27.2), whose
-    # other values are not public
+    # batch and other values are not in the code
     "cc3m": dict(model="RN50", batch_size=1024, epochs=32, lr=1e-3, warmup=2000, weight_decay=.1, augment="declip"),
     # no source trains on it: the values of yfcc15m
     "cc12m": dict(model="ViT-B-32", batch_size=4096, epochs=32, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),

@@ -26,8 +26,9 @@ a mean over samples against constants, so W ranks need no gather for it, and DDP
 episodes L = L_clip: what an untrained model groups means nothing yet.
 
 The cost in FLOPs (RN50): one more forward pass over each pair, +33 %; K-means +1 %, the losses below +1 %. Each pair is
-also read and decoded twice, which is why the authors' runs took 1.8 times as long as CLIP's with as many epochs. (Their
-"third of the time" on YFCC15M is a quarter of the epochs.)
+also read and decoded twice, which is why the authors' runs took 1.8 times as long as CLIP's with as many epochs (on one
+GPU). (Their "third of the time" on YFCC15M was "4x fewer epochs" in an earlier version: 4/3 of the FLOPs on a quarter of
+the epochs.)
 
 How to run.
     python protoclip.py                                                  drawn toy data, any machine, minutes
@@ -36,18 +37,17 @@ How to run.
     torchrun --nproc_per_node=8 protoclip.py --data cc3m --w-proto 0 --out runs/baseline        CLIP, nothing extracted, but with these
                                                                          pictures and settings; the authors' had fewer augmentations
 
-The file of --teacher-features: floats [M, any], row i for the i-th pair in use, saved by numpy.save. The authors' is made
-with transformers' roberta-large: last_hidden_state of each caption, cut to 77 ids, mean over the positions (theirs takes in
-the padding, unmasked and with id 0, RoBERTa's start token; leaving it out is saner), rows to unit norm, PCA to 64
+The file of --teacher-features: floats [M, any], row i for the i-th pair in use, saved by numpy.save. The authors' can be
+made with transformers' roberta-large: last_hidden_state of each caption, cut to 77 ids, mean over the positions (theirs
+takes in the padding, unmasked and with id 0, RoBERTa's start token; leaving it out is saner), rows to unit norm, PCA to 64
 dimensions without whitening. Only its groups are used: a rotation changes nothing. "captions" in place of a file makes one
 of the captions alone: TF-IDF, which is ours and not the authors'; it stays in --out.
 
 What to expect (authors' README, RN50, 2.5 M pairs of CC3M, 32 epochs = 400 episodes, both with batch 512; with RoBERTa):
 zero-shot ImageNet 21.47 % (CLIP 19.46), linear probe 55.22 (49.41), COCO mean recall 35.69 (36.48). With one GPU, batch 64,
-lr 5e-4 / 10, warm-up 2000 and 8 epochs 14.50 (12.29), 44.55 (38.95): gains of the probe and zero-shot last, in retrieval
-they turn. On YFCC15M, CLIP's accuracy in a third of its time. But their CLIP was augmented less (the fair one is --w-proto
-0, or clip.py --augment protoclip for more epochs), and their probe reads the training set in order of class and reports the
-best of 100 accuracies on the test set.
+lr 5e-4 / 10, warm-up 2000 and 8 epochs 14.50 (12.29), 44.55 (38.95), 28.26 (26.20). On YFCC15M, CLIP's accuracy in a third
+of its time. But their CLIP was augmented less (the fair one is --w-proto 0; at equal FLOPs with --epochs 43), and their
+probe reads the training set in order of class and reports the best of 100 accuracies on the test set.
 
 Where released code and this file part. The body of the paper was not at hand: "authors" are their code and README here.
     - gradients are those of the whole batch; theirs, gathered without gradient, are divided by W in towers and heads (not
@@ -59,9 +59,9 @@ Where released code and this file part. The body of the paper was not at hand: "
       labels. Ours is whole batches (199,680 of 200,000 with 512; theirs groups an incomplete last one, not trained on);
     - K-means runs on all ranks, which exchange sums (theirs: on one, results through files, so one machine); the rules are
       faiss's, the random choices our own; the best restart is that of the best final objective (theirs: one step before);
-    - no "locked image" (their LiT phase): in the last two episodes the prototype losses are off and the image tower's
-      learning rate is 0, where the schedule has brought all of them near 0 anyway. Prototypes, heads and soft targets are
-      on by default (theirs: off, each by a flag of its own, so without flags it trains CLIP);
+    - no "locked image" (LiT): theirs sets the prototype losses and the image tower's learning rate to 0 in the last two
+      episodes, when all learning rates are near 0 anyway. Prototypes, heads and soft targets are on by default (theirs:
+      each by a flag of its own; without flags it trains CLIP);
     - towers are ours (GELU for QuickGELU), long captions keep their end token, the blur is at the scale of the picture;
     - augmentations differ between ranks; theirs have one seed on all;
     - a bad step leaves no trace in the running statistics of batch norms, with which features are extracted.
@@ -389,8 +389,8 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet. torchvision's has one 7x7 for the three convolutions and a max pool for the mean pool of the stem, strides in
-    convolutions for average pools, a mean for the attention at the end."""
+    """OpenAI's ResNet. Where it has three stem convolutions, a mean pool, average pools for strides and attention at the end, torchvision's
+    has one 7x7, a max pool, strided convolutions and a mean."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
@@ -432,7 +432,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:  # 2 x layers branches add up in the residual stream: each starts smaller by the root
+        for block in self.transformer.resblocks:  # of out_proj and c_proj 2 x layers add up, so each starts smaller by the root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -516,7 +516,7 @@ def build(source, cls=CLIP, **overrides):
 # views and picture
 
 AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; no colours
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; none colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
@@ -574,8 +574,8 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay (token table and positions too, which open_clip's newer code
-    spares); vectors and scalars (biases, norms, class token, logit_scale) and whatever name starts with one of no_decay do not."""
+    """Two AdamW groups of the trainable parameters: matrices decay (token table too, and positions, which newer
+    open_clip spares); vectors and scalars (biases, norms, class token, logit_scale) and names that start with one of no_decay do not."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -603,7 +603,7 @@ def load_checkpoint(path):
 def load_clip_state(path, quick_gelu=None):
     """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
     dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it says of itself that it was trained with another activation than quick_gelu."""
+    path is none of them, or if it is ours and was trained with another activation than quick_gelu (None: not compared)."""
     try:
         if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
             content = bytearray(Path(path).read_bytes())

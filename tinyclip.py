@@ -12,14 +12,15 @@ The loss. With unit rows x (image), y (text) of the student, u, v of the teacher
     A = softmax_row(s x y^T)    A* = softmax_row(s u v^T)    L_i2t = mean_i -sum_j A*_ij log A_ij    L_t2i: x and y, u and v swapped
     L = alpha (L_i2t + L_t2i) / 2 + (1 - alpha) L_CLIP        alpha = 1 by default: no label is ever used
 
-Only N x N affinities are compared, so the teacher's features may have another dimension and need no adapter. The soft
-cross-entropy is KL(A*, A) and A*'s entropy: equal models have gradient 0, and a teacher with s to infinity gives CLIP's
-loss. There is no factor for the temperature. No gradient enters the teacher; it sees the student's crops and tokens.
+Only N x N affinities are compared, so the teacher's features may have another dimension and need no adapter. The loss is
+KL(A*, A) plus A*'s entropy: gradient 0 for equal models, CLIP's loss for a teacher that ranks each own pair first, with s
+to infinity. No factor s^2, as other distillation has. No gradient enters the teacher; it sees the student's crops and
+tokens.
 
 The gates (--auto). Each gate has a logit a, and one draw a step for the whole batch:
 
     z = clip(1.2 sigmoid((logit(u) + a) / (2/3)) - .1, 0, 1)    u uniform; 0 and 1 have mass     P(z > 0) = sigmoid(a - 2/3 ln(.1/1.1))
-    L += l1 h + l2 h^2      h = max(0, target - removed)    removed: by P(z > 0), of both towers' attention and FFN weights
+    L += l1 h + l2 h^2      h = max(0, target - removed)    removed: share of attention and FFN weights, both towers, by P(z > 0)
 
 z_hidden [C] multiplies what is written to the residual stream: the embeddings (of the image tower before ln_pre) and what
 each attention and FFN adds; z_heads [L, H] a head's output; z_ffn [L, F] a channel after GELU. LayerNorms see open channels
@@ -33,9 +34,9 @@ The cost. Over CLIP on the same student the teacher's forward: 1.7 times the FLO
 for ViT-39M-16 from ViT-B-32 or -16; --cache-teacher-text saves its text half (captions are not augmented: the same but for
 fp16). Under gates the student still has its full size. Claimed (README), on ImageNet with YFCC-15M: 63.5 % for
 ViT-39M-16-Text-19M; 41.1 % for ViT-8M-16-Text-3M (millions without the token table, here 12.6), where a CLIP ViT-B-16,
-eleven times its size, has 37.6 (SLIP's figure; the authors trained none). With LAION-400M, of ViT-B-32 (65.6; open_clip's
-62.9): --auto to 75, 50, 25 % 63.9, 61.4, 53.7; by hand to 75 and 50 % 62.4, 59.8; training 1.4 to 7.8 times faster through
-inheritance.
+eleven times its size, has 37.6 (SLIP's figure; the authors trained none). On LAION-400M, from a ViT-B-32 of LAION-2B (65.6;
+of 400M: 62.9): gates leave 75, 50, 25 %: 63.9, 61.4, 53.7; by hand 75, 50 %: 62.4, 59.8; training 1.4 to 7.8 times faster
+through inheritance.
 
 How to run.
     python clip.py && python tinyclip.py                     a teacher on the toy data, then a student of half its size
@@ -43,18 +44,19 @@ How to run.
     i=clip-toy; for s in 75 50 25; do python tinyclip.py --auto .$((100 - s)) --init runs/$i/last.pt --out runs/tiny-$s; i=tiny-$s; done
 
 Where paper and released code part, and what this file does.
-    - The paper also punishes removing too much; the code, and this file, only removing too little: nothing pulls back what
-      is over.
+    - The paper also punishes removing too much; the code, and this file, only removing too little: beyond the budget the
+      task alone pulls.
     - The code's pruning is not exact: it multiplies z_hidden into proj and text_projection, whose input no gate multiplies
       (wrong where z is not 0 or 1), and drops the output bias of attentions without heads. Here gated and pruned model
-      agree. Logits end at +-ln 100, where P(z > 0) is .05 and .998: of 100 closed gates five survive, of 768 open ones two
+      agree. Logits end at +-ln 100, where P(z > 0) is .998 and .05: of 100 closed gates five survive, of 768 open ones two
       are cut, in both codes.
     - The code re-inflates a pruned model with closed gates to put gates on it again (order within an axis is free); here
-      they stand on what is left: what is dead cannot return and counts no .05. Shares are of the teacher's size, in both.
+      they stand on what is left: what is cut cannot return, nor count as .05 left. Shares are of the teacher's size, in
+      both.
     - The code's gates differ between ranks; its student has the scale 14.3 in the first step, since 50 is set after each
-      step only (without the flag it is learned, and the teacher keeps its own, near 100); each tower has multipliers of its
-      own for the one budget, averaged. Its alpha 1, scale 50, gate lr .02, first multipliers of 10 and new optimizer after
-      pruning are ours too.
+      step only (without their --logit-scale it is learned, and the teacher keeps its own, near 100); each tower has
+      multipliers of its own for the one budget, averaged. Its alpha 1, scale 50, gate lr .02 (.04 in short recipes), first
+      multipliers of 10 and new optimizer after pruning are ours too.
     - The released scripts train on one black image (--dataset-type synthetic), and their webdataset path does not run; the
       sparsity they log ignores the gates.
     - "Uniform" layers are the first ones unless the depth is halved or more (12 -> 9: 0..8). The paper adds the two directions of
@@ -249,7 +251,7 @@ class Gates(nn.Module):
 
     def expected_params(self):
         """Weights of attention and FFN that are expected to stay: 4 * 64 a pair of hidden channel and head (and its share of the
-        biases), 2 a pair of hidden and FFN channel; biases of the FFN are left out, as in the official code (original counts them)."""
+        biases), 2 a pair of hidden and FFN channel; biases of the FFN are left out, as in the official code (prunable counts them)."""
         p = {kind: value.sum() for kind, value in self.probability().items()}
         return p["hidden"] * (p["heads"] * (4 * 64 + 4 / max(1, self.heads.shape[1])) + 2 * p["ffn"])
 
@@ -435,8 +437,8 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet. torchvision's has one 7x7 for the three convolutions and a max pool for the mean pool of the stem, strides in
-    convolutions for average pools, a mean for the attention at the end."""
+    """OpenAI's ResNet. Where it has three stem convolutions, a mean pool, average pools for strides and attention at the end, torchvision's
+    has one 7x7, a max pool, strided convolutions and a mean."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
@@ -478,7 +480,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:  # 2 x layers branches add up in the residual stream: each starts smaller by the root
+        for block in self.transformer.resblocks:  # of out_proj and c_proj 2 x layers add up, so each starts smaller by the root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -651,7 +653,7 @@ def encode_captions(teacher, tokenizer, dataset, device):
 # views and picture
 
 AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; no colours
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; none colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
@@ -722,8 +724,8 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay (token table and positions too, which open_clip's newer code
-    spares); vectors and scalars (biases, norms, class token, logit_scale) and whatever name starts with one of no_decay do not."""
+    """Two AdamW groups of the trainable parameters: matrices decay (token table too, and positions, which newer
+    open_clip spares); vectors and scalars (biases, norms, class token, logit_scale) and names that start with one of no_decay do not."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -751,7 +753,7 @@ def load_checkpoint(path):
 def load_clip_state(path, quick_gelu=None):
     """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
     dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it says of itself that it was trained with another activation than quick_gelu."""
+    path is none of them, or if it is ours and was trained with another activation than quick_gelu (None: not compared)."""
     try:
         if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
             content = bytearray(Path(path).read_bytes())
@@ -861,7 +863,7 @@ def parse_args(argv=None):
     add("--auto", type=float, metavar="SPARSITY", help="student: --init, whose gates REMOVE this share of the teacher's attention and FFN weights")
     add("--prune-step", type=positive, help="steps under gates, which are the warm-up too")
     add("--sparsity-warmup", type=positive, help="steps until all of SPARSITY is asked for; few of them, and Adam's momentum overshoots")
-    add("--gate-lr", type=float, help="of gates and multipliers; a logit moves by about this a step, from 4.6 to -.4 and less to close: "
+    add("--gate-lr", type=float, help="of gates and multipliers; a logit moves by about this a step, from 4.6; at -1.6 P(z > 0) is half: "
         "too low for --prune-step, and less goes than asked (removed in the log)")
     return parser.parse_args(argv)
 
