@@ -31,7 +31,8 @@ CC3M and CC12M. (Random masks: 98 single patches; attentive: 25 cells = 100.)
 The cost. ViT-B-16: 159 GFLOP a pair, 1.29 times CLIP's (two views of 101 tokens forward and backward, the average's 197
 forward); 1.08 times with --ema-size 112 (A-CLIP-eff). Its README clocks 1.16 and 0.86 of CLIP's time, SLIP 2.67 (2.3 times
 A-CLIP's), with unfused attention, whose matrices are half as large for two views of 101 tokens as for one of 197. We clock
-1.28 and 1.05 on a CPU core (fp32, batch 4, with the average's update). Memory: one more copy of the weights.
+1.42 and 1.21 on a CPU core (tests/cost.py; batches of 4, where updates of all weights count for much). Memory: one more
+copy of the weights.
 
 How to run.
     python aclip.py                                                      drawn toy data, any machine, minutes
