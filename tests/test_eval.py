@@ -5,6 +5,7 @@ import json
 import math
 import random
 import tarfile
+import time
 from datetime import timedelta
 
 import pytest
@@ -513,6 +514,7 @@ def rank_main(rank, path):
             x, index = evaluator.encode_images(model, evaluator.open_test(f"{path}/shades"), PREPROCESS, batch_size=3)
             one, where = evaluator.encode_images(model, Endless(), PREPROCESS)  # most ranks have nothing
             torch.save((results, x, index, one, where), f"{path}/result-{world}-{rank}.pt")
+            time.sleep(.5)  # torch 2.6: destroying gloo deadlocks while its threads let go of the last tensors (pytorch 154976)
             dist.destroy_process_group()
 
 
