@@ -8,6 +8,7 @@ columns filepath and title; a .jsonl with filename and caption. All are read by 
 epoch is a plain permutation, the same for any number of ranks and workers, and after a restart.
 """
 import argparse
+import atexit
 import cmath
 import colorsys
 import csv
@@ -20,6 +21,7 @@ import html
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -209,7 +211,8 @@ def grid(images, captions, path, columns=4):
     sheet = Image.new("RGB", (columns * (width + 8), rows * height), "white")
     for i, cell in enumerate(cells):
         sheet.paste(cell, (i % columns * (width + 8), i // columns * height))
-    sheet.save(path, "PNG")
+    sheet.save(f"{path}.tmp", "PNG")
+    os.replace(f"{path}.tmp", path)
 
 
 # tokens: CLIP's byte-pair encoding (Radford et al. 2021, clip/simple_tokenizer.py) by the standard library alone
@@ -458,12 +461,17 @@ def read(path, offset, size):
 
 # data sets
 
+class Unreadable(RuntimeError):
+    """Eleven samples failed, one after the other."""
+
+
 class Pairs(Dataset):
     """Pictures with captions. dataset[index, seed] is the dict of transform(image bytes, caption, rng: random.Random).
 
-    A sample that fails is replaced by the one 7919 further on, ten times at most; "index" (of the sample used) and
-    "skipped" (number of failures) are added to the dict. `keep`: numbers of the samples in use; `skipped`: counts, by
-    reason, of what the files hold beside them.
+    A sample that fails is replaced by the one 7919 further on, ten times at most (then: Unreadable); "index" (of the
+    sample used) and "skipped" (number of failures) are added to the dict. `keep`: numbers of the samples in use;
+    `skipped`: counts, by reason, of what the files hold beside them. A subclass has captions(i) -> list of str,
+    image(i) -> bytes, path or PIL picture, key(i) -> str.
     """
     keep, skipped, classnames = range(0), {}, None
 
@@ -479,7 +487,7 @@ class Pairs(Dataset):
                 return self.transform(self.image(index), text, rng) | {"index": index, "skipped": skipped}
             except Exception as error:
                 cause, index = f"{self.key(index)}: {error!r}", (index + 7919) % len(self)
-        raise RuntimeError(f"eleven samples failed one after the other; the last was {cause}")
+        raise Unreadable(f"eleven samples failed one after the other; the last was {cause}")
 
     def label(self, i):
         """Number of the class, or None."""
@@ -826,18 +834,35 @@ def deaf(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@atexit.register
+def kill_workers():
+    """At exit multiprocessing sends SIGTERM to workers that an exception has left behind, and would wait for the deaf."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+class Loader(DataLoader):
+    """Where Pairs is Unreadable, SystemExit with its sentence alone."""
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except Unreadable as error:  # a worker's brings its traceback
+            raise SystemExit(f"{str(error).rpartition('Unreadable: ')[2].strip()}; see: python data.py PATH") from None
+
+
 def loader(dataset, batches, workers, device=None):
-    """DataLoader of Pairs over EpochBatches; its workers live on between epochs. torch's global RNG is left alone."""
+    """Loader of Pairs over EpochBatches; its workers live on between epochs. torch's global RNG is left alone."""
     cuda = device is not None and torch.device(device).type == "cuda"
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=cuda,
-                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None, worker_init_fn=deaf,
-                      generator=torch.Generator())
+    return Loader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=cuda,
+                  persistent_workers=workers > 0, worker_init_fn=deaf, generator=torch.Generator())
 
 
 def check_skipped(skipped, seen):
     """SystemExit if more than 5 % failed, of the first thousand samples or of all so far. Counts of all ranks."""
     if skipped > .05 * max(seen, 1000):
-        raise SystemExit(f"{skipped} of {seen} samples failed: a wrong path or format? See: python data.py PATH")
+        raise SystemExit(f"{skipped} pictures failed in {seen} samples: a wrong path or format? See: python data.py PATH")
 
 
 def main(argv=None):
@@ -847,6 +872,8 @@ def main(argv=None):
     parser.add_argument("--bpe", help="merges of the tokenizer, or: train")
     parser.add_argument("--out", default="data.png", help="the sheet (default: %(default)s)")
     args = parser.parse_args(argv)
+    if not Path(args.out).resolve().parent.is_dir():
+        raise SystemExit(f"--out {args.out}: there is no such folder")
 
     def transform(image, caption, rng):
         crop = random_resized_crop(image, 224, (.5, 1), rng)
@@ -861,8 +888,11 @@ def main(argv=None):
         tokenizer = None
         print(error)
     picked, start, items = np.random.default_rng(0).permutation(len(dataset)).tolist(), time.time(), []
-    while len(items) < len(picked) and time.time() < start + 4:
-        items.append(dataset[picked[len(items)], 0])
+    try:
+        while len(items) < len(picked) and time.time() < start + 4:
+            items.append(dataset[picked[len(items)], 0])
+    except Unreadable as error:
+        raise SystemExit(error) from None
     print(f"{len(items) / (time.time() - start):,.0f} pairs/s a worker, crops of 224 pixels; of {len(items):,} samples "
           f"{sum(item['skipped'] for item in items)} failed")
     if tokenizer:

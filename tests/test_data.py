@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 import warnings
@@ -22,6 +24,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 import data
+from conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -576,8 +579,24 @@ def test_replacement_goes_on_ten_times():
     item = Brittle(1000, chain[:10])[3, 5]
     assert (item["index"], item["skipped"], item["value"]) == (chain[10], 10, chain[10])
     assert item["draw"] == random.Random(5).random()
-    with pytest.raises(RuntimeError, match=f"key {chain[10]}: OSError.*unreadable"):
+    with pytest.raises(data.Unreadable, match=f"key {chain[10]}: OSError.*unreadable"):
         Brittle(1000, chain)[3, 5]
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_unreadable_data_ends_with_a_sentence(workers):
+    loader = data.loader(Brittle(1000, range(1000)), data.EpochBatches(1000, 8), workers)
+    with pytest.raises(SystemExit, match="^eleven samples failed.*unreadable.*data.py PATH$"):
+        next(iter(loader))
+
+
+def test_an_exception_ends_the_process_though_workers_are_deaf():
+    code = ("import data\n"
+            "batches = iter(data.loader(data.ToyDataset(64, lambda *a: {}), data.EpochBatches(64, 8), 1))\n"
+            "next(batches)\n"
+            "raise KeyError('the traceback keeps batches alive')")
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert process.returncode == 1 and process.stderr.rstrip().endswith("'the traceback keeps batches alive'")
 
 
 @pytest.mark.parametrize("skipped, seen, stops", [(50, 100, False), (51, 100, True), (50, 1000, False), (51, 1000, True),
