@@ -543,6 +543,8 @@ def main(argv=None):
     args.out = args.out or f"runs/{Path(__file__).stem}-{Path(args.data).stem or 'data'}"
     if args.workers is None:
         args.workers = 0 if args.data == "toy" else min(12, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if min(args.lr, args.warmup, args.weight_decay, args.workers, args.seed) < 0:
+        raise SystemExit("--lr, --warmup, --weight-decay, --workers and --seed cannot be negative")
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks")
     batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
@@ -606,13 +608,20 @@ def main(argv=None):
     tests = args.eval.split(",") if args.eval else []
     shown = [evaluator.open_test(test, root=args.data_root) for test in tests] or [dataset]  # a wrong name should not cost an epoch
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--out {out}: {error.strerror}") from None
+        for name in ("last.pt", "best.pt") if args.restart and not saved else ():
+            (out / name).unlink(missing_ok=True)  # of the run before
         rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
         (out / "log.tmp").write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step))
         os.replace(out / "log.tmp", out / "log.jsonl")
-        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value not in (None, False, "")))
-        print(f"{len(dataset)} pairs, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {total} steps on "
-              f"{world} x {device.type}" + (f", resumed at step {step}" if saved else ""))
+        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+                       if value not in (None, "") and value is not False))
+        print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {total} steps on {world} x {device.type}, "
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters" + (f", resumed at step {step}" if saved else ""))
+    saved = None  # gigabytes that are in use now
 
     def log(**row):
         if rank == 0:
@@ -639,7 +648,7 @@ def main(argv=None):
     # training
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
     logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()  # since the last log line
-    bad_in_a_row, results = 0, None
+    streak, results = torch.zeros((), device=device), None  # bad steps, one after the other
     for epoch in range(step // steps, args.epochs):
         batches.epoch, batches.start, tick = epoch, step % steps, time.perf_counter()
         for batch in loader:
@@ -671,14 +680,14 @@ def main(argv=None):
             step += 1
 
             # the host looks at the device only here
+            streak = (streak + 1).where(~good, 0)
             sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
             if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
-                totals = torch.cat([sums, sums.new_tensor([skipped, waited, len(stop)])])
-                fine, *means, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
+                totals = torch.cat([sums, streak[None], sums.new_tensor([skipped, waited, len(stop)])])
+                fine, *means, bad_in_a_row, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
                 count = step - logged
                 failed += round(skips * world)
                 bad += round(count - fine)
-                bad_in_a_row = 0 if fine else bad_in_a_row + count
                 means = {name: mean / fine if fine else None for name, mean in zip(losses, means)}
                 speed = count * args.batch_size / (time.perf_counter() - start)
                 memory = {"memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
@@ -688,7 +697,7 @@ def main(argv=None):
                 bar.update(step - bar.n)
                 data.check_skipped(failed, step * args.batch_size)
                 if bad_in_a_row >= 20:
-                    raise SystemExit(f"20 steps in a row without a finite gradient; the last good weights are in {out / 'last.pt'}")
+                    raise SystemExit(f"20 steps in a row without a finite gradient; {out} holds what was saved before")
                 if stopped:
                     save("last.pt")
                     if world > 1:
@@ -698,6 +707,7 @@ def main(argv=None):
             if step % 1000 == 0 and step % steps:
                 save("last.pt")
             tick = time.perf_counter()
+        save("last.pt")  # before the tests, which take their time
         if (epoch + 1) % args.eval_every == 0 or step == total:
             results = evaluate()
             log(eval=results)
@@ -705,7 +715,7 @@ def main(argv=None):
             if tests and score > best:
                 best = score
                 save("best.pt")
-        save("last.pt")
+                save("last.pt")
         start = time.perf_counter()
     bar.close()
     if results is None:  # nothing was left to do

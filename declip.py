@@ -748,7 +748,7 @@ def parse_args(argv=None):
     add("--w-nn", type=float, default=.2, help="of the nearest neighbours; 0 takes a part out (default: %(default)s)")
     add("--w-ssl", type=float, default=.2, help="of SimSiam (default: %(default)s)")
     add("--w-mlm", type=float, default=.2, help="of the masked words (default: %(default)s)")
-    add("--queue", type=positive, help="rows of the queue, two a pair (default: 65536, or half the pairs if they are fewer)")
+    add("--queue", type=positive, default=65536, help="rows of the queue, two a pair; at most half the pairs (default: %(default)s)")
     add("--synonyms", help="file of lines word<TAB>synonym,synonym for the edited captions (default: swaps and deletions alone)")
     return parser.parse_args(argv)
 
@@ -768,8 +768,10 @@ def main(argv=None):
     args.out = args.out or f"runs/{Path(__file__).stem}-{Path(args.data).stem or 'data'}"
     if args.workers is None:
         args.workers = 0 if args.data == "toy" else min(12, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    args.queue = args.queue or min(2 ** 16, len(dataset) // 2)
+    args.queue = min(args.queue, len(dataset) // 2)
     synonyms = read_synonyms(args.synonyms) if args.synonyms else None
+    if min(args.lr, args.warmup, args.weight_decay, args.workers, args.seed) < 0:
+        raise SystemExit("--lr, --warmup, --weight-decay, --workers and --seed cannot be negative")
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks")
     batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
@@ -841,14 +843,21 @@ def main(argv=None):
     for test in tests:
         evaluator.open_test(test, root=args.data_root)  # a wrong name should not cost an epoch
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--out {out}: {error.strerror}") from None
+        for name in ("last.pt", "best.pt") if args.restart and not saved else ():
+            (out / name).unlink(missing_ok=True)  # of the run before
         rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
         (out / "log.tmp").write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step))
         os.replace(out / "log.tmp", out / "log.jsonl")
-        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value not in (None, False, "")))
+        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+                       if value not in (None, "") and value is not False))
         print("edited captions: words are swapped or dropped" + (f" or replaced, table of {len(synonyms)}" if synonyms else ""))
-        print(f"{len(dataset)} pairs, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {total} steps on "
-              f"{world} x {device.type}" + (f", resumed at step {step}" if saved else ""))
+        print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {total} steps on {world} x {device.type}, "
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters" + (f", resumed at step {step}" if saved else ""))
+    saved = None  # gigabytes that are in use now
 
     def log(**row):
         if rank == 0:
@@ -876,7 +885,7 @@ def main(argv=None):
     # training
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
     logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()  # since the last log line
-    bad_in_a_row, results = 0, None
+    streak, results = torch.zeros((), device=device), None  # bad steps, one after the other
     for epoch in range(step // steps, args.epochs):
         batches.epoch, batches.start, tick = epoch, step % steps, time.perf_counter()
         for batch in loader:
@@ -926,14 +935,14 @@ def main(argv=None):
             step += 1
 
             # the host looks at the device only here
+            streak = (streak + 1).where(~good, 0)
             sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
             if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
-                totals = torch.cat([sums, sums.new_tensor([skipped, waited, len(stop)])])
-                fine, *means, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
+                totals = torch.cat([sums, streak[None], sums.new_tensor([skipped, waited, len(stop)])])
+                fine, *means, bad_in_a_row, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
                 count = step - logged
                 failed += round(skips * world)
                 bad += round(count - fine)
-                bad_in_a_row = 0 if fine else bad_in_a_row + count
                 means = {name: mean / fine if fine else None for name, mean in zip(losses, means)}
                 speed = count * args.batch_size / (time.perf_counter() - start)
                 memory = {"memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
@@ -943,7 +952,7 @@ def main(argv=None):
                 bar.update(step - bar.n)
                 data.check_skipped(failed, step * args.batch_size)
                 if bad_in_a_row >= 20:
-                    raise SystemExit(f"20 steps in a row without a finite gradient; the last good weights are in {out / 'last.pt'}")
+                    raise SystemExit(f"20 steps in a row without a finite gradient; {out} holds what was saved before")
                 if stopped:
                     save("last.pt")
                     if world > 1:
@@ -953,6 +962,7 @@ def main(argv=None):
             if step % 1000 == 0 and step % steps:
                 save("last.pt")
             tick = time.perf_counter()
+        save("last.pt")  # before the tests, which take their time
         if (epoch + 1) % args.eval_every == 0 or step == total:
             results = evaluate()
             log(eval=results)
@@ -960,7 +970,7 @@ def main(argv=None):
             if tests and score > best:
                 best = score
                 save("best.pt")
-        save("last.pt")
+                save("last.pt")
         start = time.perf_counter()
     bar.close()
     if results is None:  # nothing was left to do

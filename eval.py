@@ -451,6 +451,8 @@ def main(argv=None):
     templates, classnames = (read_lines(path) if path else None for path in (args.templates, args.classnames))
     if args.templates and not all("{}" in line for line in templates or " ") or args.classnames and not classnames:
         raise SystemExit("--templates must be a file of lines that hold {}, --classnames one of names, a line each")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise SystemExit(f"--json {args.json}: there is no such folder")
     cuda = torch.cuda.is_available()
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[
         args.amp or ("bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "off")]

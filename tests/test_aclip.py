@@ -450,7 +450,9 @@ def test_run_leaves_what_it_promises(finished):
     assert state["script"] == "aclip" and state["step"] == 12 == len(rows(finished))
     assert {"loss", "clip", "ntxent", "byol"} <= set(rows(finished)[0]) and (finished / "masks.png").stat().st_size > 1000
     assert all(r["loss"] == pytest.approx(r["clip"] + r["ntxent"] + 2 * r["byol"], abs=1e-4) for r in rows(finished))
-    assert set(rows(finished, "eval")[-1]["eval"]) == {"toy", "toy by EMA"}
+    results = rows(finished, "eval")[-1]["eval"]
+    assert set(results) == {"toy", "toy by EMA"}
+    assert aclip.load_checkpoint(finished / "best.pt")["best"] == state["best"] == sum(r[r["metric"]] for r in results.values())
     model, tokenizer, preprocess = evaluator.load(finished / "last.pt")
     assert isinstance(model, aclip.ACLIP) and model.encode_text(tokenizer(["a red circle"])).shape == (1, 128)
     online = {name: p.clone() for name, p in model.state_dict().items()}

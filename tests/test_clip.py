@@ -401,6 +401,33 @@ def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
         clip.main(RUN + ["--epochs", "9", "--out", str(tmp_path / "b")])
 
 
+def test_restart_forgets_the_run_before(monkeypatch, tmp_path, capsys):
+    """Even if it dies before it saves: the next attempt of torchrun must not find the old run."""
+    clip.main(RUN + ["--epochs", "1", "--out", str(tmp_path)])
+    (tmp_path / "best.pt").touch()
+    monkeypatch.setattr(clip, "clip_loss", lambda *features: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        clip.main(RUN + ["--epochs", "1", "--out", str(tmp_path), "--restart"])
+    assert not (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
+    output = capsys.readouterr().out
+    assert all(text in output for text in ("--seed 0", "--workers 0", "192 pairs (0 broken ones left out)"))
+
+
+def test_saves_before_it_tests(monkeypatch, tmp_path):
+    monkeypatch.setattr(clip.evaluator, "evaluate", lambda *arguments, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        clip.main(RUN + ["--epochs", "1", "--out", str(tmp_path), "--eval", "toy"])
+    assert clip.load_checkpoint(tmp_path / "last.pt")["step"] == 6
+
+
+def test_compiled_model_has_the_same_losses(monkeypatch, finished, tmp_path):
+    """Traced as with --compile, but run by PyTorch's own kernels, since compiling them takes minutes on a CPU."""
+    calls, exact = [], nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: calls.append(exact(self, backend="aot_eager", fullgraph=True)))
+    clip.main(RUN + ["--compile", "--out", str(tmp_path)])
+    assert calls and losses(tmp_path) == pytest.approx(losses(finished), abs=1e-4)
+
+
 def test_wrong_use_is_one_sentence(finished, tmp_path):
     def message(*flags):
         with pytest.raises(SystemExit) as error:
@@ -412,7 +439,8 @@ def test_wrong_use_is_one_sentence(finished, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "empty" in message("--data", str(tmp_path / "empty"))
     assert "--warmup" in message("--warmup", "99") and "--batch-size" in message("--batch-size", "500")
-    assert "--lr" in message("--out", str(finished), "--lr", ".5")
+    assert "--lr" in message("--out", str(finished), "--lr", ".5") and "--seed" in message("--seed", "-1")
+    assert "--out" in message("--out", str(ROOT / "clip.py"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run/last.pt").write_bytes((finished / "last.pt").read_bytes()[:5000])
     assert "last.pt" in message() and "--restart" in message()
