@@ -277,8 +277,9 @@ def join(word, pair):
 class Tokenizer:
     """tokenizer(["a red circle"]) -> int64 [n, context]: SOT, ids, EOT, zeros; what is too long ends in EOT as well.
 
-    merges: a file in OpenAI's format (.txt or .gz) or a list of pairs. Ids: 256 bytes, 256 bytes that end a word, the
-    merges, SOT, EOT, the largest. Equals the released code but for texts in a broken encoding, which ftfy would mend.
+    merges: a file in OpenAI's format (.txt or .gz; SystemExit if it is not) or a list of pairs. Ids: 256 bytes, 256 bytes
+    that end a word, the merges, SOT, EOT, the largest. Equals the released code but for texts in a broken encoding, which
+    ftfy would mend.
     """
 
     def __init__(self, merges, context=77):
@@ -578,7 +579,8 @@ def scan_tar(path, require):
 class TarDataset(Indexed):
     """webdataset tars: key.jpg (.png, .jpeg, .webp), key.txt and, in test sets, key.cls, with a file classnames.txt.
 
-    require: "txt" (training: the text is one caption) or "cls" (tests: each line of a text is a caption).
+    require: "txt" (training: the text is one caption) or "cls" (tests: each line of a text is a caption). SystemExit if
+    there is no such file, or nothing in it.
     """
 
     def __init__(self, spec, transform, require="txt"):
@@ -642,7 +644,7 @@ def scan_table(path):
 
 class TableDataset(Indexed):
     """.tsv or .csv with the columns filepath and title, or .jsonl with filename and caption, a text or a list of texts.
-    Pictures lie relative to the table."""
+    Pictures lie relative to the table. SystemExit if there is no such file, or no such columns, or nothing in it."""
 
     def __init__(self, path, transform):
         self.path, self.transform = path, transform
@@ -763,7 +765,7 @@ class ToyDataset(Pairs):
 
 def open_dataset(spec, transform, limit=None, subset=None, root=None):
     """Pairs that the string `spec` names (see the top). limit: the first n; subset: a file with the key of a sample a
-    line; root: the folder of the named sets, else $CLIP_DATA, else ./datasets."""
+    line; root: the folder of the named sets, else $CLIP_DATA, else ./datasets. SystemExit if nothing is there."""
     if spec in ("cc3m", "cc12m", "yfcc15m"):
         spec = os.path.join(root or os.environ.get("CLIP_DATA") or "datasets", spec)
         if not os.path.isdir(spec):
@@ -797,7 +799,7 @@ class EpochBatches:
     Step k of rank r is perm[(k W + r) B :][:B], perm a function of (seed, epoch): the ranks side by side are the batch
     of one process. The tail of an epoch is dropped. A sample's seed is a function of (seed, epoch, stream, place in
     perm): another stream is another pass in the same order. indices: numbers of samples, repeats allowed, to permute
-    instead of range(length).
+    instead of range(length). SystemExit if they do not fill a batch.
     """
 
     def __init__(self, length, batch_size, seed=0, rank=0, world=1, indices=None, stream=0):

@@ -684,7 +684,8 @@ def init_distributed():
         torch.backends.cudnn.benchmark = True
     if world > 1 and not dist.is_initialized():
         store, *_ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # without what a crashed attempt left in it
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still has what a crashed attempt left in it
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 

@@ -340,7 +340,8 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
     all its pictures; with probe: probe and its probe_l2; with neighbors: knn, both in the usual metric. Always metric
     (the name of the usual one), n pictures, and the number of unreadable ones, which are left out. amp: dtype of
     autocast, or None. train: training sets, one a test, for probe and neighbors (toy and torchvision's have their own).
-    Leaves parameters, modes and random state as they are; buffers of all ranks become rank 0's."""
+    Leaves parameters, modes and random state as they are; buffers of all ranks become rank 0's. SystemExit if a test is
+    not there or cannot be done with what it has."""
     train = train or tests
     if (probe or neighbors) and (len(train) != len(tests) or set(train) & set(tests) - {"toy", *DATASETS}):
         raise SystemExit("--probe and --knn need --train: a training set for each test, other than the test itself")

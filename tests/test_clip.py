@@ -68,6 +68,8 @@ def test_clip_loss_closed_forms():
     loss = clip.clip_loss(x, y, 5.)
     assert clip.clip_loss(y, x, 5.) == pytest.approx(loss.item(), abs=1e-12)
     assert clip.clip_loss(x[order], y[order], 5.) == pytest.approx(loss.item(), abs=1e-12)
+    turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    assert clip.clip_loss(x @ turn, y @ turn, 5.) == pytest.approx(loss.item(), abs=1e-12)
 
 
 def test_clip_loss_gradient_formula():
@@ -78,6 +80,9 @@ def test_clip_loss_gradient_formula():
     G = (S.softmax(1) + S.softmax(0) - 2 * torch.eye(6)) / 12
     assert (x.grad - s * G @ y.detach()).abs().max() < 1e-12
     assert (y.grad - s * G.T @ x.detach()).abs().max() < 1e-12
+    u = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)  # before it is made unit its length means nothing
+    clip.clip_loss(F.normalize(u, dim=1), y.detach(), s).backward()
+    assert (u.grad * u.detach()).sum(1).abs().max() < 1e-12 and u.grad.abs().max() > .01
 
 
 def test_clip_loss_is_fp32_under_autocast():
@@ -393,6 +398,8 @@ def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
     clip.main(RUN + ["--epochs", "1", "--out", str(tmp_path / "a")])
     steps = [max((a - b).abs().max().item() for a, b in zip(*pair)) for pair in zip(seen, seen[1:])]
     assert steps[2] == 0 and all(change > 0 for i, change in enumerate(steps) if i != 2)
+    first = json.loads((tmp_path / "a/log.jsonl").read_text().splitlines()[0])["loss"]
+    assert first == pytest.approx(math.log(32), rel=.1)  # a new model knows nothing
     rows = [json.loads(row) for row in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     assert rows[2]["bad_steps"] == 1 and [row["loss"] is None for row in rows if "loss" in row] == [False] * 2 + [True] + [False] * 3
 
@@ -451,6 +458,17 @@ def test_wrong_use_is_one_sentence(finished, tmp_path):
     assert "--init" in message("--restart", "--init", str(tmp_path / "weights.pt"), "--image-size", "64")
     assert "bpe" in message("--restart", "--bpe", str(tmp_path / "no.txt")).lower()
     assert message("--model", "huge") == "2"  # argparse's own
+
+
+def test_logit_scale_stays_within_its_bounds(finished, tmp_path):
+    """An absurd learning rate throws it out on both sides; at the bound it still has a gradient."""
+    clip.main(RUN + ["--epochs", "1", "--lr", "9", "--out", str(tmp_path)])
+    scales = [row["logit_scale"] for row in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "loss" in row]
+    assert any(abs(scale - bound) < 1e-3 for scale in scales for bound in (1, 100)) and all(.999 < scale < 100.001 for scale in scales)
+    model, *_ = evaluator.load(finished / "last.pt")
+    nn.init.constant_(model.logit_scale, math.log(100))
+    clip.clip_loss(*model(torch.randn(4, 3, 32, 32), torch.tensor([[7, 9]] * 4))).backward()
+    assert model.logit_scale.grad != 0
 
 
 def test_init_starts_from_weights(finished, tmp_path):

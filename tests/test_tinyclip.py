@@ -515,6 +515,17 @@ def test_bad_step_leaves_no_trace(teacher, tmp_path, monkeypatch):
     assert rows(tmp_path)[-1]["bad_steps"] == 2 and all(row["loss"] is None or math.isfinite(row["loss"]) for row in rows(tmp_path))
 
 
+def test_the_teacher_stays_as_it_is(teacher, tmp_path, monkeypatch):
+    """Bit for bit, the running statistics of its batch norms too."""
+    state = TinyCLIP(**RESNET | dict(vocab=len(weights(teacher[1])["token_embedding.weight"]), context=77)).state_dict()
+    torch.save(state, tmp_path / "resnet.pt")
+    loaded, exact = [], TinyCLIP.from_pretrained
+    monkeypatch.setattr(TinyCLIP, "from_pretrained", lambda *arguments: loaded.append(exact(*arguments)) or loaded[-1])
+    tinyclip.main(RUN + ["--teacher", str(tmp_path / "resnet.pt"), "--init", "none", "--model", "tiny-half", "--epochs", "1",
+                         "--out", str(tmp_path / "out")])
+    assert all(torch.equal(value, state[name]) for name, value in loaded[0][0].state_dict().items()) and rows(tmp_path / "out")
+
+
 def test_stages_chain_and_flags_do_what_they_say(teacher, finished, tmp_path):
     def run(name, *flags):
         tinyclip.main(RUN + teacher + ["--epochs", "1", "--out", str(tmp_path / name), *flags])

@@ -1,0 +1,72 @@
+"""README's two pictures, from the logs of runs: recall at 10 on a test set, mean and standard deviation of the runs of a point.
+
+    python tests/curves.py concept "CLIP=runs/a,runs/b" "ProtoCLIP=runs/c,runs/d" > picture.svg     each evaluation, over steps
+    python tests/curves.py concept "CLIP:1389=runs/a" "CLIP:2778=runs/b,runs/c" > picture.svg       the last one, over pairs
+"""
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+WIDTH, HEIGHT, COLORS = 384, 280, ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the axes; Okabe and Ito's colours
+
+
+def recalls(run, test):
+    """{step: per cent} of a run."""
+    rows = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: 100 * row["eval"][test]["i2t@10"] for row in rows if "eval" in row}
+
+
+def read(test, specs):
+    """{name: {x: values of all runs}}, and whether x is a number of pairs."""
+    curves = {}
+    for spec in specs:
+        name, _, runs = spec.partition("=")
+        name, _, pairs = name.partition(":")
+        points = curves.setdefault(name, {})
+        for curve in (recalls(run, test) for run in runs.split(",")):
+            for step in [max(curve)] if pairs else curve:
+                points.setdefault(int(pairs or step), []).append(curve[step])
+    return curves, bool(pairs)
+
+
+def svg(test, curves, pairs):
+    ticks = sorted({x for points in curves.values() for x in points})
+    lows, highs = zip(*[(mean(v) - spread(v), mean(v) + spread(v)) for points in curves.values() for v in points.values()])
+    low, high, scale = 5 * math.floor(min(lows) / 5), 5 * math.ceil(max(highs) / 5), math.log if pairs else float
+
+    def right(x):
+        return 60 + (WIDTH - 20) * (scale(x) - scale(ticks[0])) / (scale(ticks[-1]) - scale(ticks[0]))
+
+    def down(y):
+        return 34 + HEIGHT * (high - y) / (high - low)
+
+    yield (f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 260}" height="{HEIGHT + 80}" font-family="sans-serif" font-size="12">\n'
+           f'<rect width="100%" height="100%" fill="white"/>\n<text x="50" y="20" font-size="14">Recall at 10 on {test}, %</text>')
+    for y in range(low, high + 1, 5):
+        yield f'<path d="M50 {down(y):.1f}h{WIDTH}" stroke="#ddd"/><text x="44" y="{down(y) + 4:.1f}" text-anchor="end">{y}</text>'
+    shown = -math.inf
+    for x in ticks:
+        if right(x) - shown > 44:  # else the numbers would overlap
+            shown = right(x)
+            yield f'<path d="M{shown:.1f} {HEIGHT + 34}v4" stroke="black"/><text x="{shown:.1f}" y="{HEIGHT + 51}" text-anchor="middle">{x:,}</text>'
+    yield f'<path d="M50 34v{HEIGHT}h{WIDTH}" fill="none" stroke="black"/>'
+    yield f'<text x="{50 + WIDTH / 2}" y="{HEIGHT + 72}" text-anchor="middle">{"training pairs" if pairs else "steps"}</text>'
+    for (name, points), color in zip(curves.items(), COLORS):
+        places = [(right(x), down(mean(v)), HEIGHT * spread(v) / (high - low)) for x, v in sorted(points.items())]
+        yield f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)}"/>'
+        for x, y, s in places:
+            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/><path d="M{x:.1f} {y - s:.1f}v{2 * s:.1f}" stroke="{color}"/>'
+        yield f'<text x="{x + 10:.1f}" y="{y + 4:.1f}" fill="{color}">{name}</text>'
+    yield "</svg>"
+
+
+def spread(values):
+    return stdev(values) if len(values) > 1 else 0.
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
+    print(*svg(sys.argv[1], *read(sys.argv[1], sys.argv[2:])), sep="\n")
