@@ -443,7 +443,7 @@ def make_index(paths, scan, kind):
 @lru_cache
 def mapped(path):
     """Array in a .npy file; all processes share its pages."""
-    return np.load(path, mmap_mode="r")
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 @lru_cache(256)
@@ -507,11 +507,11 @@ class Indexed(Pairs):
             raise SystemExit(f"no picture with a {'class' if kind == 'cls' else 'caption'} in {paths[0]}{more}: {why}")
 
     def row(self, i):
-        return mapped(self.index / "rows.npy")[self.keep[i]].tolist()
+        return mapped(f"{self.index}/rows.npy")[self.keep[i]].tolist()
 
     def text(self, i):
         offset, size, *_ = self.row(i)
-        return mapped(self.index / "text.npy")[offset:offset + size].tobytes().decode("utf-8", "surrogateescape")
+        return mapped(f"{self.index}/text.npy")[offset:offset + size].tobytes().decode("utf-8", "surrogateescape")
 
 
 def expand(spec):
@@ -593,7 +593,7 @@ class TarDataset(Indexed):
         self.classnames = names.read_text("utf-8").splitlines() if names.exists() else None
 
     def key(self, i):
-        return Path(self.paths[self.row(i)[-1]]).stem + "/" + self.text(i)
+        return os.path.splitext(os.path.basename(self.paths[self.row(i)[-1]]))[0] + "/" + self.text(i)
 
     def captions(self, i):
         *_, offset, size, _, number = self.row(i)

@@ -403,7 +403,7 @@ def summary(results):
 def load(path, device="cpu", weights="model"):
     """A checkpoint of one of the scripts -> model in eval mode, tokenizer, preprocess (data.Preprocess). The file is
     read as data (weights_only), its script must be a file beside this one; SystemExit for any other file. weights:
-    "model", or "ema", the average that A-CLIP keeps."""
+    "model", or "ema", an average that a script keeps."""
     if not os.path.isfile(path):
         raise SystemExit(f"there is no checkpoint {path}")
     try:
@@ -431,7 +431,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="last.pt or best.pt of a run")
-    add("--weights", choices=("model", "ema"), default="model", help="ema: the average that A-CLIP keeps")
+    add("--weights", choices=("model", "ema"), default="model", help="ema: the average, where a script keeps one")
     add("--data", metavar="TESTS", help="comma list of test sets: paths, or " + ", ".join(["toy", *DATASETS]))
     add("--data-root", metavar="DIR", help="folder of torchvision's files (default $CLIP_DATA or ./datasets)")
     add("--download", action="store_true", help="let torchvision download what is missing")

@@ -41,7 +41,7 @@ The file of --teacher-features: floats [M, any], row i for the i-th pair in use,
 made with transformers' roberta-large: last_hidden_state of each caption, cut to 77 ids, mean over the positions (theirs
 takes in the padding, unmasked and with id 0, RoBERTa's start token; leaving it out is saner), rows to unit norm, PCA to 64
 dimensions without whitening. Only its groups are used: a rotation changes nothing. "captions" in place of a file makes one
-of the captions alone: TF-IDF, which is ours and not the authors'; it stays in --out.
+of the captions alone: TF-IDF, ours and not the authors', made by rank 0 in two minutes a million pairs; it stays in --out.
 
 What to expect (authors' README, RN50, 2.5 M pairs of CC3M, 32 epochs = 400 episodes, both with batch 512; with RoBERTa):
 zero-shot ImageNet 21.47 % (CLIP 19.46), linear probe 55.22 (49.41), COCO mean recall 35.69 (36.48). With one GPU, batch 64,
