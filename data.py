@@ -202,7 +202,7 @@ def grid(images, captions, path, columns=4):
     for image, caption in zip(images, captions):
         picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
         picture = picture.resize([side * (width // picture.width) for side in picture.size], Image.NEAREST)
-        text = "\n".join(part for line in caption.splitlines() for part in textwrap.wrap(line, width // 6))
+        text = "\n".join(part for line in caption[:300].splitlines() for part in textwrap.wrap(line, width // 6))
         cell = Image.new("RGB", (width + 8, picture.height + 15 * text.count("\n") + 35), "white")
         cell.paste(picture, (4, 4))
         ImageDraw.Draw(cell).text((4, picture.height + 8), text.encode("latin-1", "replace"), "black")  # PIL's own font
@@ -411,7 +411,7 @@ def locked(path):
     except OSError as error:
         raise SystemExit(f"the cache cannot be written ({error}): set $XDG_CACHE_HOME to a folder that can") from None
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.lockf(file, fcntl.LOCK_EX)  # unlike flock's it is not inherited by the processes of make_index, which outlive a kill
         yield
 
 
@@ -628,7 +628,7 @@ def scan_table(path):
                 found = [line[title]] if isinstance(line[title], str) else line[title]
                 found = [caption for caption in found if caption.strip()]
                 record = json.dumps([line[name], found], ensure_ascii=False).encode()
-                if not found:
+                if not found or not isinstance(line[name], str):
                     raise ValueError("blank or no caption")
             except StopIteration:
                 break
@@ -841,7 +841,8 @@ def kill_workers():
     """At exit multiprocessing sends SIGTERM to workers that an exception has left behind, and would wait for the deaf."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
-        worker.kill()
+        if worker.daemon:
+            worker.kill()
 
 
 class Loader(DataLoader):
