@@ -274,6 +274,8 @@ def open_test(spec, split="test", root=None, download=False, classnames=None):
     """The test set `spec` (see the top of the file); split="train": the training split of toy and of torchvision's.
     root: folder of torchvision's files (else $CLIP_DATA, else ./datasets); classnames: in place of the folders' names.
     SystemExit if there is no such set."""
+    if not spec:
+        raise SystemExit("a test set without a name: is there a comma too many?")
     if spec == "toy":
         return data.ToyDataset(2048, None, "test", seed=int(split == "train"))  # other pictures of the same 16 classes
     if spec in DATASETS:
@@ -296,6 +298,9 @@ def open_test(spec, split="test", root=None, download=False, classnames=None):
         if not len(pictures):
             raise SystemExit(f"{spec} holds neither tars nor a sub-folder of pictures for each class")
         names = classnames or read_lines(folder / "classnames.txt")
+        if names and len(names) != len(pictures.classes) or any(name.startswith(".") for name in pictures.classes):
+            raise SystemExit(f"{spec} holds {len(pictures.classes)} folders, hidden ones too, for {len(names or ())} names: each must be "
+                             "a class, see --classnames")
         if split == "test" and not names and all(re.fullmatch(r"n\d{8}", name) for name in pictures.classes):
             raise SystemExit(f"{spec}: its folders have WordNet's numbers, as ImageNet's, and no names: put a classnames.txt beside "
                              "them, whose line i names the i-th folder")
@@ -347,6 +352,9 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
         raise SystemExit("--probe and --knn need --train: a training set for each test, other than the test itself")
     sets = [open_test(spec, "test", root, download, classnames) for spec in tests]  # all at once: a wrong name is to cost no hour
     train_sets = [open_test(spec, "train", root, download) for spec in train if probe or neighbors]
+    for a, b in zip(sets, train_sets):
+        if isinstance(a, Labelled) and isinstance(b, Labelled) and a.pictures.classes != b.pictures.classes:
+            raise SystemExit("--train: its folders are not those of the test, so the numbers of the classes differ")
     box, modes = [{}], [(module, module.training) for module in model.modules()]
     if distributed := rank_and_world()[1] > 1:
         for buffer in model.buffers():
@@ -452,8 +460,10 @@ def main(argv=None):
     templates, classnames = (read_lines(path) if path else None for path in (args.templates, args.classnames))
     if args.templates and not all("{}" in line for line in templates or " ") or args.classnames and not classnames:
         raise SystemExit("--templates must be a file of lines that hold {}, --classnames one of names, a line each")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise SystemExit(f"--json {args.json}: there is no such folder")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
+        raise SystemExit(f"--json {args.json} cannot be written: a folder, or in none")
+    if args.batch_size < 1 or args.workers < 0:
+        raise SystemExit("--batch-size begins at 1, --workers at 0")
     cuda = torch.cuda.is_available()
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[
         args.amp or ("bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "off")]

@@ -498,6 +498,17 @@ def test_evaluation_leaves_the_model_and_the_random_state_alone(tmp_path):
     model.linear(torch.ones(1, 48).double()).sum().backward()  # inference mode has left nothing behind
 
 
+def test_folders_that_are_no_classes_are_refused(tmp_path):
+    test, train = (image_folder(tmp_path / name, (2, 2, 2)) for name in ("test", "train"))
+    (tmp_path / "train/green").rename(tmp_path / "train/yellow")
+    for flags, why in ((dict(train=[train], probe=True), "--train"), (dict(classnames=["a", "b"]), "3 folders"), (dict(tests=[test, ""]), "comma")):
+        with pytest.raises(SystemExit, match=why):
+            evaluator.evaluate(Stub(), TOKENIZER, PREPROCESS, **(dict(tests=[test]) | flags))
+    (tmp_path / "test/.hidden").mkdir()
+    with pytest.raises(SystemExit, match="hidden"):
+        evaluator.open_test(test)
+
+
 # several ranks
 
 def rank_main(rank, path):
