@@ -53,8 +53,8 @@ Where the released code (microsoft/A-CLIP) does otherwise, by its slips; here is
     - It does not start: a module is missing, and a name is misspelt.
     - Captions cut at 77 tokens lose their end token and are read at the start token, a constant, as in SLIP.
 Where this file does otherwise, by choice.
-    - OpenAI's ViT (a norm in front, eps 1e-5; ViT-S: heads of 64) for timm's; class token without decay; bicubic crops and
-      OpenAI's mean.
+    - OpenAI's ViT (a norm in front, eps 1e-5; ViT-S: heads of 64) for timm's; GELU for the text tower's QuickGELU; class
+      token without decay; bicubic crops and OpenAI's mean.
     - EMA of the whole model, so that it can be tested. Theirs lacks token table, positions and last norm of the text tower
       and borrows the trained ones; which of the two models the published figures are of is not said.
     - All view crops of a score map are one grid_sample, without waiting for the GPU; theirs loops over pictures, and waits.
@@ -493,7 +493,7 @@ def aclip_views(image, caption, rng, tokenizer, size, augment, views, ema_size, 
     [v, 8], the EMA tower's picture without any, the three boxes [3, 4], tokens [L], and random masks [v, k] out of
     random_patches patches if that is not 0. All crops are of one decoded picture, none flipped, so that they map onto each other."""
     area, colors = AUGMENT[augment]
-    image = data.decode(image, (2 * size, 2 * size))  # a crop of half the area has size pixels a side then
+    image = data.decode(image, (2 * size, 2 * size))  # a crop of half the area has more than size pixels a side then
     boxes = three_crops(image.size, rng, area)
     *crops, wide = boxes.tolist()
     sample = {"images": torch.stack([data.resize_crop(image, box, size) for box in crops[:views]]), "boxes": boxes,
@@ -551,8 +551,12 @@ def param_groups(model, weight_decay, no_decay=()):
 
 def save_checkpoint(path, **state):
     """Writes state (tensors and plain Python values only) in one move, so that a kill leaves the old file or the new one."""
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    try:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written: {error}") from None
 
 
 def load_checkpoint(path):
@@ -566,10 +570,11 @@ def load_checkpoint(path):
     return state
 
 
-def load_clip_state(path, quick_gelu=None):
+def load_clip_state(path, quick_gelu=None, merges=None):
     """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
     dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it is ours and was trained with another activation than quick_gelu (None: not compared)."""
+    path is none of them, or if it is ours and was trained with another activation than quick_gelu or with other merges of the
+    tokenizer (None: not compared)."""
     try:
         if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
             content = bytearray(Path(path).read_bytes())
@@ -583,7 +588,7 @@ def load_clip_state(path, quick_gelu=None):
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
                 state = torch.jit.load(path, map_location="cpu").state_dict()
-        script, activation = state.get("script"), state.get("sizes", {}).get("quick_gelu")
+        script, activation, words = state.get("script"), state.get("sizes", {}).get("quick_gelu"), state.get("merges")
         state = state.get("model", state.get("state_dict", state))
         wrapped = re.compile(r"((module|text|_image_encoder|_text_encoder|_logit_scale)\.)*")  # by DDP, open_clip, TinyCLIP
         state = {key[wrapped.match(key).end():]: value.float() if value.is_floating_point() else value for key, value in state.items()}
@@ -594,6 +599,8 @@ def load_clip_state(path, quick_gelu=None):
         raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
     if None not in (activation, quick_gelu) and activation != quick_gelu:
         raise SystemExit(f"{path} was trained with{'out' * quick_gelu} --quick-gelu: {'leave it out' if quick_gelu else 'give it'}")
+    if None not in (words, merges) and words != merges:
+        raise SystemExit(f"{path} was trained with other merges of the tokenizer: see --bpe")
     return {key: value for key, value in state.items() if key.split(".")[0] in ENCODERS}
 
 
@@ -726,6 +733,7 @@ def main(argv=None):
     # model
     torch.manual_seed(args.seed)
     tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
+    merges = "\n".join(map(" ".join, tokenizer.merges))
     preprocess = data.Preprocess(args.image_size)
     grid = args.image_size // patch
     dataset.transform = partial(aclip_views, tokenizer=tokenizer, size=args.image_size, augment=args.augment, views=args.views,
@@ -735,7 +743,7 @@ def main(argv=None):
     sizes["ssl_mlp_dim"] = args.ssl_mlp_dim if args.ssl else 0
     model = build(args.model, ACLIP, **sizes).to(device)
     if args.init and not saved:
-        state = load_clip_state(args.init, args.quick_gelu)
+        state = load_clip_state(args.init, args.quick_gelu, merges)
         if {key: value.shape for key, value in state.items()} != {
                 key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in ENCODERS}:
             raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and {tokenizer.vocab_size} tokens")
@@ -746,14 +754,16 @@ def main(argv=None):
     ema = copy.deepcopy(model).requires_grad_(False)  # equal on all ranks, as the weights are; no part of DDP
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step, best, failed, bad = 0, -1., 0, 0
+    step, tested, best, failed, bad = 0, 0, -1., 0, 0
     if saved:
+        if (saved["pairs"], saved["merges"]) != (len(dataset), merges):
+            raise SystemExit(f"{out} holds a run on other data, of {saved['pairs']} pairs; choose another --out, or --restart to begin anew")
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
-        step, best, failed, bad = (saved[name] for name in ("step", "best", "failed", "bad"))
+        step, tested, best, failed, bad = (saved[name] for name in ("step", "tested", "best", "failed", "bad"))
     everywhere = gather(torch.tensor([[step, len(dataset)]], device=device))  # [W, 2]
     if (everywhere != everywhere[0]).any():
         raise SystemExit(f"ranks disagree on (step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
@@ -772,13 +782,15 @@ def main(argv=None):
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            for name in ("last.pt", "best.pt") if args.restart and not saved else ():
+                (out / name).unlink(missing_ok=True)  # of the run before
+            rows = (out / "log.jsonl").read_text().splitlines() if saved and (out / "log.jsonl").exists() else []
+            rows = [row + "\n" for row in rows
+                    if row.endswith("}") and json.loads(row).get("step", 0) <= (tested if '"eval"' in row else step)]
+            (out / "log.tmp").write_text("".join(rows))
+            os.replace(out / "log.tmp", out / "log.jsonl")
         except OSError as error:
             raise SystemExit(f"--out {out}: {error.strerror}") from None
-        for name in ("last.pt", "best.pt") if args.restart and not saved else ():
-            (out / name).unlink(missing_ok=True)  # of the run before
-        rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
-        (out / "log.tmp").write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step))
-        os.replace(out / "log.tmp", out / "log.jsonl")
         print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                        if value not in (None, "") and value is not False))
         print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {total} steps on {world} x {device.type}, "
@@ -792,29 +804,40 @@ def main(argv=None):
 
     def save(name):
         if rank == 0:
-            save_checkpoint(out / name, script=Path(__file__).stem, step=step, best=best, failed=failed, bad=bad, flags=vars(args),
-                            model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            save_checkpoint(out / name, script=Path(__file__).stem, step=step, tested=tested, best=best, failed=failed, bad=bad,
+                            flags=vars(args), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                             rng=torch.get_rng_state(), preprocess=vars(preprocess),
                             sizes=dict(quick_gelu=args.quick_gelu, ssl_mlp_dim=sizes["ssl_mlp_dim"]),
-                            merges="\n".join(map(" ".join, tokenizer.merges)), context=tokenizer.context)
+                            pairs=len(dataset), merges=merges, context=tokenizer.context)
 
     def evaluate():
+        """After an epoch whose tests are due, or in a run that was killed before them."""
+        nonlocal tested, best
+        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
+            return
         results = {}
-        for name, tested in (("", model), (" by EMA", ema)) if tests else ():
-            found = evaluator.evaluate(tested, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
+        for name, net in (("", model), (" by EMA", ema)) if tests else ():
+            found = evaluator.evaluate(net, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
             results |= {test + name: result for test, result in found.items()}
         if rank == 0:
             masks_picture(out / "masks.png", ema, preprocess, dataset)
             tqdm.write(f"step {step}: {evaluator.summary(results)}" if tests else f"step {step} of {total}")
-        return results
+        tested = step
+        log(eval=results)
+        score = sum(r[r["metric"]] for r in results.values())
+        if tests and score > best:
+            best = score
+            save("best.pt")
+        save("last.pt")
 
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 
     # training
+    evaluate()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
     logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()  # since the last log line
-    streak, results = torch.zeros((), device=device), None  # bad steps, one after the other
+    streak = torch.zeros((), device=device)  # bad steps, one after the other
     for epoch in range(step // steps, args.epochs):
         batches.epoch, batches.start, tick = epoch, step % steps, time.perf_counter()
         for batch in loader:
@@ -885,18 +908,10 @@ def main(argv=None):
                 save("last.pt")
             tick = time.perf_counter()
         save("last.pt")  # before the tests, which take their time
-        if (epoch + 1) % args.eval_every == 0 or step == total:
-            results = evaluate()
-            log(eval=results)
-            score = sum(r[r["metric"]] for r in results.values())
-            if tests and score > best:
-                best = score
-                save("best.pt")
-                save("last.pt")
+        evaluate()
         start = time.perf_counter()
     bar.close()
-    if results is None:  # nothing was left to do
-        evaluate()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank == 0:
         print(f"finished {total} steps; {out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
     if world > 1:

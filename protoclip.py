@@ -1,13 +1,14 @@
 """ProtoCLIP: CLIP that also groups; prototypes of one modality, found by K-means, teach the other modality its groups.
 
 The idea. CLIP pushes every picture away from every caption but its own, also where both show a dog. ProtoCLIP adds a task
-above the level of single pairs. Training goes in episodes of m pairs, drawn with replacement and far fewer than an epoch's,
-so that groups stay fresh however large the data are. Before each, the features h of its m pairs are extracted (model in eval
-mode, pictures cropped and recoloured anew) and K-means makes K = m / 10 prototypes of each modality. Then each picture is
-taught to recognise the group of its *caption*, and each caption the group of its *picture*. Groups are handed over without
-asking the modalities to lie in one place ("prototypical back translation"): a picture is not scored against the prototypes of
-captions, but against the mean of the pictures whose captions share a group. So a third grouping can come from a space of its
-own, such as a language model's features of the captions.
+above the level of single pairs. Training goes in episodes of m pairs, drawn with replacement and far fewer than an
+epoch's, so that groups stay fresh however large the data are. Before each, the features h of its m pairs are extracted
+(model in eval mode, pictures cropped and recoloured anew, one of several captions drawn anew) and K-means makes K = m /
+10 prototypes of each modality. Then each picture is taught to recognise the group of its *caption*, and each caption the
+group of its *picture*. Groups are handed over without asking the modalities to lie in one place ("prototypical back
+translation"): a picture is not scored against the prototypes of captions, but against the mean of the pictures whose
+captions share a group. So a third grouping can come from a space of its own, such as a language model's features of the
+captions.
 
 The loss. z is a tower's output and h = g(z) / |g(z)| its feature behind a head g, which serves training alone (the two heads
 start equal). A student modality learns the groups of a teacher modality: t_i is the teacher's group of pair i, C the teacher's
@@ -585,8 +586,12 @@ def param_groups(model, weight_decay, no_decay=()):
 
 def save_checkpoint(path, **state):
     """Writes state (tensors and plain Python values only) in one move, so that a kill leaves the old file or the new one."""
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    try:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written: {error}") from None
 
 
 def load_checkpoint(path):
@@ -600,10 +605,11 @@ def load_checkpoint(path):
     return state
 
 
-def load_clip_state(path, quick_gelu=None):
+def load_clip_state(path, quick_gelu=None, merges=None):
     """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
     dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it is ours and was trained with another activation than quick_gelu (None: not compared)."""
+    path is none of them, or if it is ours and was trained with another activation than quick_gelu or with other merges of the
+    tokenizer (None: not compared)."""
     try:
         if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
             content = bytearray(Path(path).read_bytes())
@@ -617,7 +623,7 @@ def load_clip_state(path, quick_gelu=None):
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
                 state = torch.jit.load(path, map_location="cpu").state_dict()
-        script, activation = state.get("script"), state.get("sizes", {}).get("quick_gelu")
+        script, activation, words = state.get("script"), state.get("sizes", {}).get("quick_gelu"), state.get("merges")
         state = state.get("model", state.get("state_dict", state))
         wrapped = re.compile(r"((module|text|_image_encoder|_text_encoder|_logit_scale)\.)*")  # by DDP, open_clip, TinyCLIP
         state = {key[wrapped.match(key).end():]: value.float() if value.is_floating_point() else value for key, value in state.items()}
@@ -628,6 +634,8 @@ def load_clip_state(path, quick_gelu=None):
         raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
     if None not in (activation, quick_gelu) and activation != quick_gelu:
         raise SystemExit(f"{path} was trained with{'out' * quick_gelu} --quick-gelu: {'leave it out' if quick_gelu else 'give it'}")
+    if None not in (words, merges) and words != merges:
+        raise SystemExit(f"{path} was trained with other merges of the tokenizer: see --bpe")
     return {key: value for key, value in state.items() if key.split(".")[0] in ENCODERS}
 
 
@@ -764,6 +772,7 @@ def main(argv=None):
     # model
     torch.manual_seed(args.seed)
     tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
+    merges = "\n".join(map(" ".join, tokenizer.merges))
     preprocess = data.Preprocess(args.image_size)
     dataset.transform = partial(views, tokenizer=tokenizer, size=args.image_size, augment=args.augment)
     loader = data.loader(dataset, batches, args.workers, device)
@@ -771,7 +780,7 @@ def main(argv=None):
     heads = dict(proj_hidden=args.proj_hidden, proj_dim=args.proj_dim)
     model = build(args.model, ProtoCLIP, **sizes, **heads).to(device)
     if args.init and not saved:
-        state = load_clip_state(args.init, args.quick_gelu)
+        state = load_clip_state(args.init, args.quick_gelu, merges)
         if {key: value.shape for key, value in state.items()} != {
                 key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in ENCODERS}:
             raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and {tokenizer.vocab_size} tokens")
@@ -784,7 +793,7 @@ def main(argv=None):
     betas, eps = ((.9, .999), 1e-8) if args.model == "RN50" else ((.9, .98), 1e-6)  # the authors', OpenAI's for ViTs
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, ("image_head.", "text_head.")), args.lr, betas, eps, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step, best, failed, bad = 0, -1., 0, 0
+    step, tested, best, failed, bad = 0, 0, -1., 0, 0
     teacher, path = None, args.teacher_features
     if path == "captions":
         path = out / "teacher.npy"
@@ -808,11 +817,13 @@ def main(argv=None):
     labels = torch.zeros(terms, args.episode_size, dtype=torch.int64, device=device)  # by place in the episode: samples repeat
     samples = torch.zeros(args.episode_size, dtype=torch.int64, device=device)  # number in the data set, by place
     if saved:
+        if (saved["pairs"], saved["merges"]) != (len(dataset), merges):
+            raise SystemExit(f"{out} holds a run on other data, of {saved['pairs']} pairs; choose another --out, or --restart to begin anew")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
-        step, best, failed, bad = (saved[name] for name in ("step", "best", "failed", "bad"))
+        step, tested, best, failed, bad = (saved[name] for name in ("step", "tested", "best", "failed", "bad"))
         prototypes, labels, samples = (saved[name].to(device) for name in ("prototypes", "labels", "samples"))
     everywhere = gather(torch.tensor([[step, len(dataset)]], device=device))  # [W, 2]
     if (everywhere != everywhere[0]).any():
@@ -830,13 +841,15 @@ def main(argv=None):
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            for name in ("last.pt", "best.pt") if args.restart and not saved else ():
+                (out / name).unlink(missing_ok=True)  # of the run before
+            rows = (out / "log.jsonl").read_text().splitlines() if saved and (out / "log.jsonl").exists() else []
+            rows = [row + "\n" for row in rows
+                    if row.endswith("}") and json.loads(row).get("step", 0) <= (tested if '"eval"' in row else step)]
+            (out / "log.tmp").write_text("".join(rows))
+            os.replace(out / "log.tmp", out / "log.jsonl")
         except OSError as error:
             raise SystemExit(f"--out {out}: {error.strerror}") from None
-        for name in ("last.pt", "best.pt") if args.restart and not saved else ():
-            (out / name).unlink(missing_ok=True)  # of the run before
-        rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
-        (out / "log.tmp").write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step))
-        os.replace(out / "log.tmp", out / "log.jsonl")
         print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                        if value not in (None, "") and value is not False))
         print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {total} steps on {world} x {device.type}, "
@@ -850,13 +863,18 @@ def main(argv=None):
 
     def save(name):
         if rank == 0:
-            save_checkpoint(out / name, script=Path(__file__).stem, step=step, best=best, failed=failed, bad=bad, flags=vars(args),
-                            model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            save_checkpoint(out / name, script=Path(__file__).stem, step=step, tested=tested, best=best, failed=failed, bad=bad,
+                            flags=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                             rng=torch.get_rng_state(), sizes=dict(quick_gelu=args.quick_gelu, **heads), preprocess=vars(preprocess),
                             prototypes=prototypes, labels=labels, samples=samples,
-                            merges="\n".join(map(" ".join, tokenizer.merges)), context=tokenizer.context)
+                            pairs=len(dataset), merges=merges, context=tokenizer.context)
 
     def evaluate():
+        """After an epoch whose tests are due, or in a run that was killed before them."""
+        nonlocal tested, best
+        every = args.eval_every * epoch_steps  # steps between tests
+        if step % steps or step == tested or (step // every == (step - steps) // every and step < total):
+            return
         results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root) if tests else {}
         if rank == 0:
             picture(out / "captions.png", model, tokenizer, preprocess, shown[0])
@@ -864,7 +882,13 @@ def main(argv=None):
                 for name, row in (("image", labels[1]), ("text", labels[0])):  # the labels of one teach the other
                     prototype_picture(out / f"{name}-prototypes.png", dataset, samples.cpu(), row.cpu(), preprocess.size)
             tqdm.write(f"step {step}: {evaluator.summary(results)}" if tests else f"step {step} of {total}")
-        return results
+        tested = step
+        log(eval=results)
+        score = sum(r[r["metric"]] for r in results.values())
+        if tests and score > best:
+            best = score
+            save("best.pt")
+        save("last.pt")
 
     def find_prototypes():
         """Groups the samples of an episode -> prototypes, labels, samples, the same on all ranks."""
@@ -908,9 +932,10 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 
     # training
+    evaluate()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
     logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()  # since the last log line
-    streak, results = torch.zeros((), device=device), None  # bad steps, one after the other
+    streak = torch.zeros((), device=device)  # bad steps, one after the other
     for episode in range(step // steps, episodes):
         batches.epoch, batches.indices = episode, sample_episode(args.seed, episode, args.episode_size, len(dataset))
         grouped = episode >= args.warmup_episodes  # a factor, 0 or 1: the heads run before too, as DDP waits for them
@@ -987,19 +1012,10 @@ def main(argv=None):
                 save("last.pt")
             tick = time.perf_counter()
         save("last.pt")  # before the tests, which take their time
-        every = args.eval_every * epoch_steps  # steps between evaluations
-        if step // every > (step - steps) // every or step == total:
-            results = evaluate()
-            log(eval=results)
-            score = sum(r[r["metric"]] for r in results.values())
-            if tests and score > best:
-                best = score
-                save("best.pt")
-                save("last.pt")
+        evaluate()
         start = time.perf_counter()
     bar.close()
-    if results is None:  # nothing was left to do
-        evaluate()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank == 0:
         print(f"finished {total} steps; {out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
     if world > 1:

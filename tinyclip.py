@@ -735,8 +735,12 @@ def param_groups(model, weight_decay, no_decay=()):
 
 def save_checkpoint(path, **state):
     """Writes state (tensors and plain Python values only) in one move, so that a kill leaves the old file or the new one."""
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    try:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written: {error}") from None
 
 
 def load_checkpoint(path):
@@ -750,10 +754,11 @@ def load_checkpoint(path):
     return state
 
 
-def load_clip_state(path, quick_gelu=None):
+def load_clip_state(path, quick_gelu=None, merges=None):
     """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
     dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it is ours and was trained with another activation than quick_gelu (None: not compared)."""
+    path is none of them, or if it is ours and was trained with another activation than quick_gelu or with other merges of the
+    tokenizer (None: not compared)."""
     try:
         if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
             content = bytearray(Path(path).read_bytes())
@@ -767,7 +772,7 @@ def load_clip_state(path, quick_gelu=None):
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
                 state = torch.jit.load(path, map_location="cpu").state_dict()
-        script, activation = state.get("script"), state.get("sizes", {}).get("quick_gelu")
+        script, activation, words = state.get("script"), state.get("sizes", {}).get("quick_gelu"), state.get("merges")
         state = state.get("model", state.get("state_dict", state))
         wrapped = re.compile(r"((module|text|_image_encoder|_text_encoder|_logit_scale)\.)*")  # by DDP, open_clip, TinyCLIP
         state = {key[wrapped.match(key).end():]: value.float() if value.is_floating_point() else value for key, value in state.items()}
@@ -778,6 +783,8 @@ def load_clip_state(path, quick_gelu=None):
         raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
     if None not in (activation, quick_gelu) and activation != quick_gelu:
         raise SystemExit(f"{path} was trained with{'out' * quick_gelu} --quick-gelu: {'leave it out' if quick_gelu else 'give it'}")
+    if None not in (words, merges) and words != merges:
+        raise SystemExit(f"{path} was trained with other merges of the tokenizer: see --bpe")
     return {key: value for key, value in state.items() if key.split(".")[0] in ENCODERS}
 
 
@@ -926,6 +933,7 @@ def main(argv=None):
             raise SystemExit(f"{flag} was trained with another tokenizer than this run's, see --bpe")
         if vars(pictures) != vars(preprocess):
             raise SystemExit(f"{flag} and --teacher know other pictures: {vars(pictures)}, {vars(preprocess)}")
+    merges = "\n".join(map(" ".join, tokenizer.merges))
     dataset.transform = partial(views, tokenizer=tokenizer, size=preprocess.size, augment=args.augment)
     loader = data.loader(dataset, batches, args.workers, device)
     gated = bool(args.auto) and not (saved and saved["gated"] is None)  # before --prune-step
@@ -964,13 +972,15 @@ def main(argv=None):
         for group in model.open_gates(args.gate_lr):
             optimizer.add_param_group(group)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step, best, failed, bad = 0, -1., 0, 0
+    step, tested, best, failed, bad = 0, 0, -1., 0, 0
     if saved:
+        if (saved["pairs"], saved["merges"]) != (len(dataset), merges):
+            raise SystemExit(f"{out} holds a run on other data, of {saved['pairs']} pairs; choose another --out, or --restart to begin anew")
         model.load_state_dict(saved["gated"] or saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
-        step, best, failed, bad = (saved[name] for name in ("step", "best", "failed", "bad"))
+        step, tested, best, failed, bad = (saved[name] for name in ("step", "tested", "best", "failed", "bad"))
     everywhere = gather(torch.tensor([[step, len(dataset)]], device=device))  # [W, 2]
     if (everywhere != everywhere[0]).any():
         raise SystemExit(f"ranks disagree on (step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
@@ -996,13 +1006,15 @@ def main(argv=None):
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            for name in ("last.pt", "best.pt") if args.restart and not saved else ():
+                (out / name).unlink(missing_ok=True)  # of the run before
+            rows = (out / "log.jsonl").read_text().splitlines() if saved and (out / "log.jsonl").exists() else []
+            rows = [row + "\n" for row in rows
+                    if row.endswith("}") and json.loads(row).get("step", 0) <= (tested if '"eval"' in row else step)]
+            (out / "log.tmp").write_text("".join(rows))
+            os.replace(out / "log.tmp", out / "log.jsonl")
         except OSError as error:
             raise SystemExit(f"--out {out}: {error.strerror}") from None
-        for name in ("last.pt", "best.pt") if args.restart and not saved else ():
-            (out / name).unlink(missing_ok=True)  # of the run before
-        rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
-        (out / "log.tmp").write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step))
-        os.replace(out / "log.tmp", out / "log.jsonl")
         if not saved and not args.auto and args.init != "none":
             survivors_picture(out / "survivors.png", source, model)
         print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
@@ -1018,26 +1030,37 @@ def main(argv=None):
 
     def save(name):
         if rank == 0:
-            save_checkpoint(out / name, script=Path(__file__).stem, step=step, best=best, failed=failed, bad=bad, flags=vars(args),
-                            model=model.dense().state_dict(), gated=model.state_dict() if gated else None, optimizer=optimizer.state_dict(),
+            save_checkpoint(out / name, script=Path(__file__).stem, step=step, tested=tested, best=best, failed=failed, bad=bad,
+                            flags=vars(args), model=model.dense().state_dict(), gated=model.state_dict() if gated else None, optimizer=optimizer.state_dict(),
                             scaler=scaler.state_dict(), rng=torch.get_rng_state(), sizes=dict(quick_gelu=quick_gelu), preprocess=vars(preprocess),
-                            merges="\n".join(map(" ".join, tokenizer.merges)), context=tokenizer.context)
+                            pairs=len(dataset), merges=merges, context=tokenizer.context)
 
     def evaluate():
+        """After an epoch whose tests are due, or in a run that was killed before them."""
+        nonlocal tested, best
+        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
+            return
         student = model.dense()
         results = evaluator.evaluate(student, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root) if tests else {}
         if rank == 0:
             picture(out / "captions.png", student, tokenizer, preprocess, shown[0])
             tqdm.write(f"step {step}: {evaluator.summary(results)}" if tests else f"step {step} of {total}")
-        return results
+        tested = step
+        log(eval=results)
+        score = sum(r[r["metric"]] for r in results.values())
+        if tests and score > best:
+            best = score
+            save("best.pt")
+        save("last.pt")
 
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 
     # training
+    evaluate()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
     logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()  # since the last log line
-    streak, results = torch.zeros((), device=device), None  # bad steps, one after the other
+    streak = torch.zeros((), device=device)  # bad steps, one after the other
     for epoch in range(step // steps, args.epochs):
         batches.epoch, batches.start, tick = epoch, step % steps, time.perf_counter()
         for batch in loader:
@@ -1049,7 +1072,7 @@ def main(argv=None):
             statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
             images = preprocess.normalize(images)
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                image_features, text_features, logit_scale = parallel(images, tokens, args.seed << 32 | step if gated else None)
+                image_features, text_features, logit_scale = parallel(images, tokens, (args.seed * 1_000_003 + step) % 2 ** 63 if gated else None)
             affinity = clip = sparsity = torch.zeros((), device=device)
             if args.alpha > 0:
                 with torch.no_grad(), torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
@@ -1125,20 +1148,12 @@ def main(argv=None):
                 save("last.pt")
             tick = time.perf_counter()
         save("last.pt")  # before the tests, which take their time
-        if (epoch + 1) % args.eval_every == 0 or step == total:
-            if rank == 0 and args.alpha > 0:
-                affinity_picture(out / "affinity.png", (image_features, text_features), (teacher_image, teacher_text))
-            results = evaluate()
-            log(eval=results)
-            score = sum(r[r["metric"]] for r in results.values())
-            if tests and score > best:
-                best = score
-                save("best.pt")
-                save("last.pt")
+        if rank == 0 and args.alpha > 0:
+            affinity_picture(out / "affinity.png", (image_features, text_features), (teacher_image, teacher_text))
+        evaluate()
         start = time.perf_counter()
     bar.close()
-    if results is None:  # nothing was left to do
-        evaluate()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank == 0:
         print(f"finished {total} steps; {out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
     if world > 1:

@@ -420,11 +420,23 @@ def test_restart_forgets_the_run_before(monkeypatch, tmp_path, capsys):
     assert all(text in output for text in ("--seed 0", "--workers 0", "192 pairs (0 broken ones left out)"))
 
 
-def test_saves_before_it_tests(monkeypatch, tmp_path):
+def test_a_kill_during_the_tests_loses_nothing(monkeypatch, tmp_path):
+    results = [{"toy": {"metric": "top1", "top1": value}} for value in (.2, .1)]
+    monkeypatch.setattr(clip.evaluator, "summary", str)
     monkeypatch.setattr(clip.evaluator, "evaluate", lambda *arguments, **more: 1 / 0)
+    flags = RUN + ["--epochs", "2", "--out", str(tmp_path), "--eval", "toy"]
     with pytest.raises(ZeroDivisionError):
-        clip.main(RUN + ["--epochs", "1", "--out", str(tmp_path), "--eval", "toy"])
+        clip.main(flags)
     assert clip.load_checkpoint(tmp_path / "last.pt")["step"] == 6
+    monkeypatch.setattr(clip.evaluator, "evaluate", lambda *arguments, **more: results.pop(0) if results else 1 / 0)
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 6, "eval": {}}\n{"note": "by hand"}\n{"step": 6, "cut')
+    clip.main(flags)
+    clip.main(flags)  # has nothing left to test
+    tested = [row for row in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "eval" in row]
+    assert [(row["step"], row["eval"]["toy"]["top1"]) for row in tested] == [(6, .2), (12, .1)]
+    assert clip.load_checkpoint(tmp_path / "best.pt")["step"] == 6 and len(losses(tmp_path)) == 12
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_compiled_model_has_the_same_losses(monkeypatch, finished, tmp_path):
@@ -454,6 +466,13 @@ def test_wrong_use_is_one_sentence(finished, tmp_path):
     state = torch.load(finished / "last.pt")
     clip.save_checkpoint(tmp_path / "run/last.pt", **(state | {"script": "declip"}))
     assert "declip" in message()
+    for other in (dict(pairs=191), dict(merges="a b")):
+        clip.save_checkpoint(tmp_path / "run/last.pt", **(state | other))
+        assert "other data" in message()
+    clip.save_checkpoint(tmp_path / "other.pt", **(state | dict(merges="a b")))
+    assert "merges" in message("--restart", "--init", str(tmp_path / "other.pt"))
+    with pytest.raises(SystemExit, match="last.pt cannot be written"):
+        clip.save_checkpoint(tmp_path / "no folder/last.pt", step=1)
     clip.save_checkpoint(tmp_path / "weights.pt", **state)
     assert "--init" in message("--restart", "--init", str(tmp_path / "weights.pt"), "--image-size", "64")
     assert "bpe" in message("--restart", "--bpe", str(tmp_path / "no.txt")).lower()
