@@ -58,7 +58,7 @@ def svg(test, curves, pairs):
         yield f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)}"/>'
         for x, y, s in places:
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/><path d="M{x:.1f} {y - s:.1f}v{2 * s:.1f}" stroke="{color}"/>'
-        yield f'<text x="{x + 10:.1f}" y="{y + 4:.1f}" fill="{color}">{name}</text>'
+        yield f'<text x="{WIDTH + 58}" y="{y + 4:.1f}" fill="{color}">{name}</text>'
     yield "</svg>"
 
 
