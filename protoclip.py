@@ -598,7 +598,7 @@ def load_checkpoint(path):
     """The state that save_checkpoint wrote, on the CPU. SystemExit with a sentence if the file is cut off or foreign."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["script"], state["model"], state["step"]
+        state["script"], state["model"], state["tested"], state["pairs"]
     except Exception as error:
         raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin anew with "
                          "--restart, or choose another --out") from None
@@ -709,7 +709,7 @@ def parse_args(argv=None):
     add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
     add("--log-every", type=positive, default=20, help="steps")
     add("--out", help="default runs/<script>-<data>; a run that finds its own checkpoint there resumes")
-    add("--restart", action="store_true", help="begin anew")
+    add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("ProtoCLIP").add_argument
     add("--episode-size", type=positive, help="m, pairs between two clusterings; cut to the data's and to whole batches")
     add("--prototypes", type=positive, help="K, clusters of each modality; at most a tenth of the episode")
@@ -763,16 +763,19 @@ def main(argv=None):
     restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not after each crash under torchrun
     saved = load_checkpoint(out / "last.pt") if (out / "last.pt").exists() and not restart else None
     if saved:
-        changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})" for name, value in vars(args).items()
-                   if name not in ("epochs", "workers", "out", "restart") and value != saved["flags"].get(name)]
+        changed = [f"{len(dataset)} pairs (was {saved['pairs']})"] * (saved["pairs"] != len(dataset))
+        changed += [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})" for name, value in vars(args).items()
+                    if name not in ("epochs", "workers", "out", "restart") and value != saved["flags"].get(name)]
         if saved["script"] != Path(__file__).stem or changed:
-            raise SystemExit(f"{out} holds a run of {saved['script']}.py with other flags: {', '.join(changed)}; give the same ones "
+            raise SystemExit(f"{out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; give the same ones "
                              "to resume it, another --out, or --restart to begin anew")
 
     # model
     torch.manual_seed(args.seed)
     tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
     merges = "\n".join(map(" ".join, tokenizer.merges))
+    if saved and saved["merges"] != merges:
+        raise SystemExit(f"{out} holds a run with other merges of the tokenizer; choose another --out, or --restart to begin anew")
     preprocess = data.Preprocess(args.image_size)
     dataset.transform = partial(views, tokenizer=tokenizer, size=args.image_size, augment=args.augment)
     loader = data.loader(dataset, batches, args.workers, device)
@@ -798,7 +801,10 @@ def main(argv=None):
     if path == "captions":
         path = out / "teacher.npy"
         if rank == 0 and not (saved and path.exists()):
-            out.mkdir(parents=True, exist_ok=True)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SystemExit(f"--out {out}: {error.strerror}") from None
             ids = [tokenizer.encode(" ".join(dataset.captions(i))) for i in range(len(dataset))]
             np.save(out / "tmp.npy", caption_features(ids, tokenizer.vocab_size).numpy())
             os.replace(out / "tmp.npy", path)
@@ -817,17 +823,15 @@ def main(argv=None):
     labels = torch.zeros(terms, args.episode_size, dtype=torch.int64, device=device)  # by place in the episode: samples repeat
     samples = torch.zeros(args.episode_size, dtype=torch.int64, device=device)  # number in the data set, by place
     if saved:
-        if (saved["pairs"], saved["merges"]) != (len(dataset), merges):
-            raise SystemExit(f"{out} holds a run on other data, of {saved['pairs']} pairs; choose another --out, or --restart to begin anew")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         step, tested, best, failed, bad = (saved[name] for name in ("step", "tested", "best", "failed", "bad"))
         prototypes, labels, samples = (saved[name].to(device) for name in ("prototypes", "labels", "samples"))
-    everywhere = gather(torch.tensor([[step, len(dataset)]], device=device))  # [W, 2]
+    everywhere = gather(torch.tensor([[step, tested, len(dataset)]], device=device))  # [W, 3]
     if (everywhere != everywhere[0]).any():
-        raise SystemExit(f"ranks disagree on (step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
+        raise SystemExit(f"ranks disagree on (step, tested step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         model.compile()
@@ -843,9 +847,9 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
             for name in ("last.pt", "best.pt") if args.restart and not saved else ():
                 (out / name).unlink(missing_ok=True)  # of the run before
-            rows = (out / "log.jsonl").read_text().splitlines() if saved and (out / "log.jsonl").exists() else []
-            rows = [row + "\n" for row in rows
-                    if row.endswith("}") and json.loads(row).get("step", 0) <= (tested if '"eval"' in row else step)]
+            rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
+            rows = [row for row in rows
+                    if row.endswith("}\n") and json.loads(row).get("step", 0) <= (tested if '"eval"' in row else step)]
             (out / "log.tmp").write_text("".join(rows))
             os.replace(out / "log.tmp", out / "log.jsonl")
         except OSError as error:

@@ -747,7 +747,7 @@ def load_checkpoint(path):
     """The state that save_checkpoint wrote, on the CPU. SystemExit with a sentence if the file is cut off or foreign."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["script"], state["model"], state["step"]
+        state["script"], state["model"], state["tested"], state["pairs"]
     except Exception as error:
         raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin anew with "
                          "--restart, or choose another --out") from None
@@ -858,7 +858,7 @@ def parse_args(argv=None):
     add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
     add("--log-every", type=positive, default=20, help="steps")
     add("--out", help="default runs/<script>-<data>; a run that finds its own checkpoint there resumes")
-    add("--restart", action="store_true", help="begin anew")
+    add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("TinyCLIP (--model is the student)").add_argument
     add("--teacher", help="a checkpoint of ours, OpenAI's or open_clip's (default: runs/clip-<data>/last.pt, which clip.py leaves)")
     add("--teacher-quick-gelu", action="store_true", help="a teacher of OpenAI's or open_clip's was trained with QuickGELU")
@@ -913,10 +913,11 @@ def main(argv=None):
     restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not after each crash under torchrun
     saved = load_checkpoint(out / "last.pt") if (out / "last.pt").exists() and not restart else None
     if saved:
-        changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})" for name, value in vars(args).items()
-                   if name not in ("epochs", "workers", "out", "restart") and value != saved["flags"].get(name)]
+        changed = [f"{len(dataset)} pairs (was {saved['pairs']})"] * (saved["pairs"] != len(dataset))
+        changed += [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})" for name, value in vars(args).items()
+                    if name not in ("epochs", "workers", "out", "restart") and value != saved["flags"].get(name)]
         if saved["script"] != Path(__file__).stem or changed:
-            raise SystemExit(f"{out} holds a run of {saved['script']}.py with other flags: {', '.join(changed)}; give the same ones "
+            raise SystemExit(f"{out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; give the same ones "
                              "to resume it, another --out, or --restart to begin anew")
 
     # model
@@ -934,6 +935,8 @@ def main(argv=None):
         if vars(pictures) != vars(preprocess):
             raise SystemExit(f"{flag} and --teacher know other pictures: {vars(pictures)}, {vars(preprocess)}")
     merges = "\n".join(map(" ".join, tokenizer.merges))
+    if saved and saved["merges"] != merges:
+        raise SystemExit(f"{out} holds a run with other merges of the tokenizer; choose another --out, or --restart to begin anew")
     dataset.transform = partial(views, tokenizer=tokenizer, size=preprocess.size, augment=args.augment)
     loader = data.loader(dataset, batches, args.workers, device)
     gated = bool(args.auto) and not (saved and saved["gated"] is None)  # before --prune-step
@@ -974,16 +977,14 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     step, tested, best, failed, bad = 0, 0, -1., 0, 0
     if saved:
-        if (saved["pairs"], saved["merges"]) != (len(dataset), merges):
-            raise SystemExit(f"{out} holds a run on other data, of {saved['pairs']} pairs; choose another --out, or --restart to begin anew")
         model.load_state_dict(saved["gated"] or saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         step, tested, best, failed, bad = (saved[name] for name in ("step", "tested", "best", "failed", "bad"))
-    everywhere = gather(torch.tensor([[step, len(dataset)]], device=device))  # [W, 2]
+    everywhere = gather(torch.tensor([[step, tested, len(dataset)]], device=device))  # [W, 3]
     if (everywhere != everywhere[0]).any():
-        raise SystemExit(f"ranks disagree on (step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
+        raise SystemExit(f"ranks disagree on (step, tested step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         if not gated:  # what functional_call runs is not compiled
@@ -1008,9 +1009,9 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
             for name in ("last.pt", "best.pt") if args.restart and not saved else ():
                 (out / name).unlink(missing_ok=True)  # of the run before
-            rows = (out / "log.jsonl").read_text().splitlines() if saved and (out / "log.jsonl").exists() else []
-            rows = [row + "\n" for row in rows
-                    if row.endswith("}") and json.loads(row).get("step", 0) <= (tested if '"eval"' in row else step)]
+            rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
+            rows = [row for row in rows
+                    if row.endswith("}\n") and json.loads(row).get("step", 0) <= (tested if '"eval"' in row else step)]
             (out / "log.tmp").write_text("".join(rows))
             os.replace(out / "log.tmp", out / "log.jsonl")
         except OSError as error:

@@ -6,6 +6,7 @@
 import json
 import math
 import sys
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -37,7 +38,7 @@ def svg(test, curves, pairs):
     low, high, scale = 5 * math.floor(min(lows) / 5), 5 * math.ceil(max(highs) / 5), math.log if pairs else float
 
     def right(x):
-        return 60 + (WIDTH - 20) * (scale(x) - scale(ticks[0])) / (scale(ticks[-1]) - scale(ticks[0]))
+        return 60 + (WIDTH - 20) * (scale(x) - scale(ticks[0])) / (scale(ticks[-1]) - scale(ticks[0]) or 1)
 
     def down(y):
         return 34 + HEIGHT * (high - y) / (high - low)
@@ -53,7 +54,7 @@ def svg(test, curves, pairs):
             yield f'<path d="M{shown:.1f} {HEIGHT + 34}v4" stroke="black"/><text x="{shown:.1f}" y="{HEIGHT + 51}" text-anchor="middle">{x:,}</text>'
     yield f'<path d="M50 34v{HEIGHT}h{WIDTH}" fill="none" stroke="black"/>'
     yield f'<text x="{50 + WIDTH / 2}" y="{HEIGHT + 72}" text-anchor="middle">{"training pairs" if pairs else "steps"}</text>'
-    for (name, points), color in zip(curves.items(), COLORS):
+    for (name, points), color in zip(curves.items(), cycle(COLORS)):
         places = [(right(x), down(mean(v)), HEIGHT * spread(v) / (high - low)) for x, v in sorted(points.items())]
         yield f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)}"/>'
         for x, y, s in places:

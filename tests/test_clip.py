@@ -430,7 +430,7 @@ def test_a_kill_during_the_tests_loses_nothing(monkeypatch, tmp_path):
     assert clip.load_checkpoint(tmp_path / "last.pt")["step"] == 6
     monkeypatch.setattr(clip.evaluator, "evaluate", lambda *arguments, **more: results.pop(0) if results else 1 / 0)
     with open(tmp_path / "log.jsonl", "a") as log:
-        log.write('{"step": 6, "eval": {}}\n{"note": "by hand"}\n{"step": 6, "cut')
+        log.write('{"step": 6, "eval": {}}\n{"note": "by hand"}\n{"step": 6, "eval": {"cut": {"x": 1}')
     clip.main(flags)
     clip.main(flags)  # has nothing left to test
     tested = [row for row in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "eval" in row]
@@ -466,9 +466,9 @@ def test_wrong_use_is_one_sentence(finished, tmp_path):
     state = torch.load(finished / "last.pt")
     clip.save_checkpoint(tmp_path / "run/last.pt", **(state | {"script": "declip"}))
     assert "declip" in message()
-    for other in (dict(pairs=191), dict(merges="a b")):
+    for other, why in ((dict(pairs=191), "192 pairs (was 191)"), (dict(merges="a b"), "merges")):
         clip.save_checkpoint(tmp_path / "run/last.pt", **(state | other))
-        assert "other data" in message()
+        assert why in message()
     clip.save_checkpoint(tmp_path / "other.pt", **(state | dict(merges="a b")))
     assert "merges" in message("--restart", "--init", str(tmp_path / "other.pt"))
     with pytest.raises(SystemExit, match="last.pt cannot be written"):
