@@ -796,7 +796,7 @@ def main(argv=None):
                        if value not in (None, "") and value is not False))
         print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {total} steps on {world} x {device.type}, "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters" + (f", resumed at step {step}" if saved else ""))
-    saved = None  # gigabytes that are in use now
+    saved = None  # gigabytes, of no more use
 
     def log(**row):
         if rank == 0:
