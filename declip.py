@@ -978,7 +978,8 @@ def main(argv=None):
                 bar.update(step - bar.n)
                 data.check_skipped(failed, step * args.batch_size)
                 if bad_in_a_row >= 20:
-                    raise SystemExit(f"20 steps in a row without a finite gradient; {out} holds what was saved before")
+                    raise SystemExit("20 steps in a row without a finite gradient; the last good weights are in "
+                                     f"{out / 'last.pt' if (out / 'last.pt').exists() else 'no file yet'}")
                 if stopped:
                     save("last.pt")
                     if world > 1:
