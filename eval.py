@@ -276,8 +276,9 @@ def open_test(spec, split="test", root=None, download=False, classnames=None):
     SystemExit if there is no such set."""
     if not spec:
         raise SystemExit("a test set without a name: is there a comma too many?")
-    if spec == "toy":
-        return data.ToyDataset(2048, None, "test", seed=int(split == "train"))  # other pictures of the same 16 classes
+    if spec in data.TOY_TESTS:
+        variant, kinds = data.TOY_TESTS[spec]
+        return data.ToyDataset(2048, None, kinds, int(split == "train"), variant)  # train: other pictures of the same kinds
     if spec in DATASETS:
         import torchvision
         (name, *arguments), root = DATASETS[spec], root or os.environ.get("CLIP_DATA") or "datasets"
@@ -348,7 +349,7 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
     Leaves parameters, modes and random state as they are; buffers of all ranks become rank 0's. SystemExit if a test is
     not there or cannot be done with what it has."""
     train = train or tests
-    if (probe or neighbors) and (len(train) != len(tests) or set(train) & set(tests) - {"toy", *DATASETS}):
+    if (probe or neighbors) and (len(train) != len(tests) or set(train) & set(tests) - {*data.TOY_TESTS, *DATASETS}):
         raise SystemExit("--probe and --knn need --train: a training set for each test, other than the test itself")
     sets = [open_test(spec, "test", root, download, classnames) for spec in tests]  # all at once: a wrong name is to cost no hour
     train_sets = [open_test(spec, "train", root, download) for spec in train if probe or neighbors]
