@@ -770,9 +770,9 @@ class ToyDataset(Pairs):
     """Small scenes, each a function of (variant, split, seed, number), with captions like those of the web: synonyms,
     attributes left out, words about nothing in the picture, a tenth of them of another picture. Drawn once and kept.
 
-    Of the 64 kinds (colour, shape) 16 are in no training picture or caption. The split "test" shows eight of these, those
-    that are reported; "tune" the other eight, by which settings are chosen; "seen" the 48 kinds of training. In these
-    three a picture's class is among all 64, its caption clean and full. Variants: TOYS.
+    Of the 64 kinds (colour, shape) 16 are in no training picture or caption. Two splits show eight of these each: "tune",
+    by which settings are chosen, and "test", which is reported. "seen" shows the 48 kinds of training. In these three
+    splits a picture's class is one of all 64, and its caption is clean and full. The variants stand in TOYS.
     """
     classnames = [" ".join(kind) for kind in KINDS]
 

@@ -278,7 +278,7 @@ def open_test(spec, split="test", root=None, download=False, classnames=None):
         raise SystemExit("a test set without a name: is there a comma too many?")
     if spec in data.TOY_TESTS:
         variant, kinds = data.TOY_TESTS[spec]
-        return data.ToyDataset(2048, None, kinds, int(split == "train"), variant)  # train: other pictures of the same kinds
+        return data.ToyDataset(2048, None, kinds, int(split == "train"), variant)  # train: others of the same kinds
     if spec in DATASETS:
         import torchvision
         (name, *arguments), root = DATASETS[spec], root or os.environ.get("CLIP_DATA") or "datasets"
