@@ -226,7 +226,7 @@ def fewer_pairs(curve, pairs, score):
     needed = pairs_for(curve, score)
     if needed is None:
         return f"more than {max(curve) / pairs:.1f} (the baseline does not get there)"
-    return ("at most " if needed == min(curve) else "") + f"{needed / pairs:.1f}"
+    return ("at most " if score <= curve[min(curve)] else "") + f"{needed / pairs:.1f}"
 
 
 def by_pairs(found, method):
