@@ -447,7 +447,7 @@ def main(argv=None):
         param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     meter = Meter(args.out, args.batch_size, device)
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)  # whose state joins the checkpoint
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)  # what is saved
     step, tested, best = 0, 0, -1.
     if saved:
         for name, part in parts.items():
