@@ -622,6 +622,7 @@ def main(argv=None):
     dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
     steps = fill_in(args, dataset, world, device)  # of an epoch
     total = steps * args.epochs
+    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
     patch = MODELS[args.model]["patch_size"]
     args.ema_size = args.ema_size or args.image_size
     if not patch:
@@ -841,7 +842,6 @@ def fill_in(args, dataset, world, device):
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
     args.eval_every = args.eval_every or 1
     if not args.amp and device.type == "cpu":
         args.amp = "off"

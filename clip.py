@@ -422,6 +422,7 @@ def main(argv=None):
     dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
     steps = fill_in(args, dataset, world, device)  # of an epoch
     total = steps * args.epochs
+    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
     tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
     preprocess = data.Preprocess(args.image_size)
     dataset.transform = partial(views, tokenizer=tokenizer, size=args.image_size, augment=args.augment)
@@ -602,7 +603,6 @@ def fill_in(args, dataset, world, device):
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
     args.eval_every = args.eval_every or 1
     if not args.amp and device.type == "cpu":
         args.amp = "off"
