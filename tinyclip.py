@@ -13,8 +13,7 @@ scale for both (--logit-scale). The weight alpha is 1 by default (--alpha), so n
     affinity = 1/2 [ mean_i -sum_j A*_ij log A_ij  +  the same with x and y, u and v swapped ]
     L = alpha affinity + (1 - alpha) clip
 
-Only N x N affinities are compared, so the teacher's features may have another dimension. The teacher sees the student's
-crops and tokens and gets no gradient.
+Only N x N affinities are compared, so the teacher's features may have another dimension.
 
 The gates. A gate has a logit a. One draw a step serves the whole batch, equal on all ranks, with u uniform in (0, 1):
 
@@ -27,14 +26,14 @@ steps z without noise is multiplied into the weights and zeros are cut out; what
 
 What it brought (authors' README, zero-shot ImageNet): 63.5 % for ViT-39M-16-Text-19M on YFCC15M. On LAION-400M, from a
 ViT-B-32 with 65.6 %, gates that leave 75, 50 and 25 %: 63.9, 61.4, 53.7. Training is 1.4 to 7.8 times faster through
-inheritance. The teacher's forward pass makes a step 1.3 to 1.7 times as costly.
+inheritance. The teacher makes a step 1.3 to 1.7 times as costly.
 
 How to run.
     python clip.py && python tinyclip.py                  built-in pictures: a teacher, then a student of half its size
     torchrun --nproc_per_node=8 tinyclip.py --data yfcc15m --teacher ViT-B-16.pt --teacher-quick-gelu
     python tinyclip.py --auto .5 --out runs/half          gates; the next stage: --auto .75 --init runs/half/last.pt
 
-Sources: Wu et al. 2023 (arXiv 2309.12314), github.com/microsoft/Cream TinyCLIP; gates after princeton-nlp/CoFiPruning.
+Sources: Wu et al. 2023 (arXiv 2309.12314), github.com/microsoft/Cream TinyCLIP.
 """
 import argparse
 import json
@@ -189,8 +188,8 @@ def shrink(state, share):
 # weight inheritance by gates
 
 class Gates(nn.Module):
-    """Hard concrete gates of one ViT tower (section 3.2; released: l0module.py, after CoFiPruning and Louizos et al.
-    2018).
+    """Hard concrete gates of one ViT tower (section 3.2; released: l0module.py, after princeton-nlp/CoFiPruning,
+    Louizos et al. 2018).
 
     The parameters are logits: hidden [C] gates what enters the residual stream, heads [L, H] the output of each head,
     ffn [L, F] each channel after GELU. width: C. heads, ffn: their numbers in each layer, lists of L ints. Where the
@@ -823,7 +822,7 @@ def main(argv=None):
         args.model, args.warmup = None, args.prune_step
         if args.init == "none" or any(getattr(args, name) for name in ("shrink", *SIZES)):
             raise SystemExit("--auto begins with --init as it is: leave out --init none, --shrink and sizes")
-    args.teacher = args.teacher or f"runs/clip-{data.short_name(args.data)}/last.pt"
+    args.teacher = args.teacher or f"runs/clip-{data.run_name(args.data)}/last.pt"
     torch.manual_seed(args.seed)
     teacher, tokenizer, preprocess = load_trained(
         args.teacher, "--teacher", args.teacher_quick_gelu or None, args.bpe)
@@ -1118,7 +1117,7 @@ def fill_in(args, dataset, world, device):
         args.amp = "off"
     elif not args.amp:
         args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    args.out = args.out or f"runs/{Path(__file__).stem}-{data.short_name(args.data)}"
+    args.out = args.out or f"runs/{Path(__file__).stem}-{data.run_name(args.data)}"
     if args.workers is None:
         args.workers = data.default_workers(args.data, device)
     if min(args.lr, args.warmup, args.weight_decay, args.workers, args.seed) < 0:
