@@ -2,11 +2,10 @@
 
 The idea. CLIP pushes a picture away from every caption but its own, even where both show a dog. ProtoCLIP adds a task
 about clusters of pairs. It trains in episodes of m random pairs. First the model extracts their features, and K-means
-finds K = m / 10 clusters of pictures and K of captions. Then the model trains on these pairs. Beside CLIP's task, each
-picture must tell the cluster of its caption, and each caption the cluster of its picture. For this a picture is not
-compared with captions, but with the mean picture of each cluster of captions, so the two modalities need not lie in one
-place. The authors call this prototypical back translation. Clusters may also come from an external teacher, such as a
-language model.
+finds K = m / 10 clusters of pictures and K of captions. Then it trains on these pairs. Beside CLIP's task, each picture
+must tell the cluster of its caption, and each caption the cluster of its picture. For this a picture is not compared
+with captions, but with the mean picture of each cluster of captions, so the modalities need not lie in one place. This
+is prototypical back translation. Clusters may also come from an external teacher, such as a language model.
 
 The loss. The student is the modality that learns; the teacher's clusters are what it learns. h_i is the student's unit
 feature of pair i, behind a projection head. t_i is the teacher's cluster of pair i, and the rows of C are the teacher's
@@ -18,21 +17,21 @@ centroids. r is a learned scale beside CLIP's, and tau is --target-temperature.
     L = L_clip + w_proto / 2 [P(image; text) + P(text; image)]
                + w_external / 2 [P(image; external) + P(text; external)]
 
-P is the authors' cross-entropy with the soft targets q = row t_i of softmax(C C' / tau), because sum_k q_k <h_i, D_k> =
-<h_i, T_(t_i)>. So no step needs K x K similarities. D, T and t are constants of an episode.
+P is the cross-entropy with the soft targets q = row t_i of softmax(C C' / tau), because sum_k q_k <h_i, D_k> = <h_i,
+T_(t_i)>. D, T and t are constants of an episode.
 
 What it costs and brings. Extraction is one more forward pass over each pair, 33 % more FLOPs with RN50. Each pair is
 decoded twice, and the authors' runs took 1.8 times CLIP's time. On 2.5 M pairs of CC3M, with RoBERTa as external
 teacher, they report 21.5 % zero-shot on ImageNet (CLIP: 19.5). Their CLIP had weaker augmentation; --w-proto 0 is the
-fair baseline.
+fair baseline. In small runs here it needs .4 to .7 of CLIP's time, with the captions' words as teacher.
 
-How to run. tests/RESULTS.md tells how to make roberta.npy. "captions" in its place needs no other model.
+How to run. tests/RESULTS.md says how to make roberta.npy.
     python protoclip.py                                                       built-in pictures, any machine, minutes
-    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy         the authors' best run
-    torchrun --nproc_per_node=8 protoclip.py --data cc3m --w-proto 0 --out runs/baseline        CLIP, same pictures
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy    or captions, for their words
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --w-proto 0 --out runs/baseline   CLIP, same pictures
 
-Sources: Chen et al. 2023, ProtoCLIP (arXiv 2206.10996), and github.com/megvii-research/protoclip. The body of the paper
-was not at hand: "the authors" are their README and code.
+Sources: Chen et al. 2023, ProtoCLIP (arXiv 2206.10996), github.com/megvii-research/protoclip. "The authors" are their
+README and code; the paper's body was not at hand.
 """
 import argparse
 import json
@@ -211,7 +210,7 @@ def cluster_means(x, labels, k):
 @torch.no_grad()
 def expected_target(teacher_centroids, student_centroids, temperature):
     """Targets T [k, d] of the teacher's clusters: the student's centroids [k, d], averaged with the weights
-    softmax(C C' / temperature), where C are the teacher's centroids [k, e]. Neither are of unit norm.
+    softmax(C C' / temperature), where C are the teacher's centroids [k, e]. Neither has unit norm.
 
     At temperature .01 a target is close to the student's centroid of the same cluster, except where the teacher has
     several clusters close together, which K-means may have cut by chance. temperature <= 0: hard targets, the student's
@@ -225,7 +224,7 @@ def expected_target(teacher_centroids, student_centroids, temperature):
 
 
 def proto_loss(features, student_centroids, target, labels, logit_scale):
-    """P of the docstring: cross-entropy of a student's features over its centroids, with a teacher's soft targets.
+    """P of this file's docstring: cross-entropy of a student's features over its centroids, with soft targets.
 
     features: unit rows [B, d]; student_centroids [k, d]; target [k, d], of expected_target; labels [B]: the teacher's
     cluster of each row; logit_scale: the factor r itself. Returns a scalar in at least fp32, also under autocast.
@@ -267,8 +266,8 @@ class Episode(nn.Module):
         """Clusters the pairs of an episode and fills the buffers, which become equal on all ranks.
 
         h_image, h_text [m/W, d], samples [m/W]: this rank's, as extract_features returns them. teacher: the external
-        teacher's features of the whole data set, an array [M, any], or None. iters, restarts, seed: of kmeans.
-        Returns the seconds and the mean squared distances to the centroids, as a dict for the log.
+        teacher's features of the whole data set, an array [M, any], or None. iters, restarts, seed: of kmeans;
+        temperature: of expected_target. Returns seconds and mean squared distances to the centroids, for the log.
         """
         start, k, m = time.perf_counter(), self.centroids.shape[1], len(self.samples)
         with evaluator.full_fp32():
@@ -343,8 +342,8 @@ def open_teacher(path, dataset, tokenizer, out, rank, anew):
         return None
     if path == "captions":
         path = Path(out, "teacher.npy")
-        # a group of their own for the ranks that wait: rank 0 takes two minutes a million pairs, and NCCL gives up
-        # after ten
+        # Rank 0 takes two minutes a million pairs, and NCCL gives up on a rank after ten minutes. So the others wait
+        # in a group with another limit.
         waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if dist.is_initialized() else None
         if rank == 0 and (anew or not path.exists()):
             try:
@@ -365,7 +364,6 @@ def open_teacher(path, dataset, tokenizer, out, rank, anew):
         raise SystemExit(f"--teacher-features {path} is no .npy of {len(dataset)} rows, one a pair in use: "
                          f"{error}") from None
     return teacher
-
 
 
 # encoders: OpenAI's towers under open_clip's parameter names
@@ -637,7 +635,6 @@ class ProtoCLIP(CLIP):
         return image_features, text_features, h_image, h_text, self.logit_scale.exp(), self.logit_scale_proto.exp()
 
 
-
 # views and picture
 
 AUGMENT = {  # share of a picture's area that a crop keeps; colours: jitter is (probability, brightness, contrast,
@@ -717,7 +714,6 @@ RECIPES = {  # batch size of all ranks together, warm-up in steps; K = m / 10 as
         model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5, augment="protoclip",
         episode_size=200_000, prototypes=20_000, warmup_episodes=1),
 }
-
 
 
 def main(argv=None):
@@ -888,7 +884,6 @@ def main(argv=None):
         print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
     if world > 1:
         dist.destroy_process_group()
-
 
 
 # the run: flags, schedule, parameter groups, resume, log, checkpoints, process group
