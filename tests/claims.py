@@ -225,17 +225,19 @@ def speed_up(method, baseline):
         return f"never reaches the baseline's best ({baseline.best():.1f} after {baseline.steps[at]} steps)"
     steps, seconds = reached
     early = "(its first test) " if steps == method.steps[0] else ""
-    return (f"reaches the baseline's best ({baseline.best():.1f} after {baseline.steps[at]} steps) after {steps:.0f} steps"
-            f" {early}- in {share(steps / baseline.steps[at])} of the steps, {share(seconds / baseline.seconds[at])} of "
-            f"the time, and {share(seconds / baseline.seconds[-1])} of the time that the whole baseline takes")
+    return (f"reaches the baseline's best ({baseline.best():.1f} after {baseline.steps[at]} steps) after {steps:.0f} "
+            f"steps {early}- in {share(steps / baseline.steps[at])} of the steps, "
+            f"{share(seconds / baseline.seconds[at])} of the time, and {share(seconds / baseline.seconds[-1])} of the time "
+            "that the whole baseline takes")
 
 
 def fewer_pairs(curve, pairs, score):
-    """In words: how many times fewer pairs than a baseline's curve {pairs: score} needs for the same score."""
+    """How many times fewer pairs than a baseline's curve {pairs: score} needs for the same score; > or < a number where
+    the curve ends before it comes there."""
     needed = pairs_for(curve, score)
     if needed is None:
-        return f"more than {max(curve) / pairs:.1f} (the baseline does not get there)"
-    return ("at most " if score <= curve[min(curve)] else "") + f"{needed / pairs:.1f}"
+        return f"> {max(curve) / pairs:.1f}"
+    return ("< " if score <= curve[min(curve)] else "") + f"{needed / pairs:.1f}"
 
 
 def by_pairs(found, method):
@@ -261,6 +263,7 @@ def declip_table(found, pairs_of):
             cells.append("; ".join(fewer_pairs({m: runs[i].last() for m, runs in clip.items()}, n, declip[n][i].last())
                                    for i in range(shared)))
         yield "| " + " | ".join(cells + [""] * (8 - len(cells))) + " |"
+    yield "\nTimes fewer pairs: CLIP's pairs for DeCLIP's score, over DeCLIP's; > or < where CLIP's curve ends before it."
 
 
 def tables(found, rows, pairs_of):
@@ -271,7 +274,7 @@ def tables(found, rows, pairs_of):
         if len(names) < 2:
             continue
         baseline = found[names[0]]
-        seconds = mean(run.seconds[-1] for run in baseline)
+        seconds = max(run.seconds[-1] for run in baseline)
         yield f"\n### {title}\n\nThe paper: {claim}.\n"
         if title == "DeCLIP":
             yield from declip_table(found, pairs_of)
