@@ -3,9 +3,9 @@
     python data.py PATH      says what is there, what was left out and why; writes a sheet of samples
 
 One string names a data set: "toy" and its variants (drawn by code, no files: TOYS); cc3m, cc12m, yfcc15m (folders
-under --data-root); webdataset tars (a folder, a pattern such as "cc3m/{0000..0575}.tar", several joined by "::"); a .tsv
-or .csv with the columns filepath and title; a .jsonl with filename and caption. All are read by position and not as a
-stream, so that an epoch is a plain permutation, the same for any number of ranks and workers, and after a restart.
+under --data-root); webdataset tars (a folder, a pattern such as "cc3m/{0000..0575}.tar", several joined by "::"); a
+.tsv or .csv with the columns filepath and title; a .jsonl with filename and caption. All are read by position and not
+as a stream, so that an epoch is a plain permutation, the same for any number of ranks and workers, and after a restart.
 """
 import argparse
 import atexit
@@ -962,9 +962,9 @@ class ToyDataset(Pairs):
     """Small scenes, each a function of (variant, split, seed, number), with captions like those of the web: synonyms,
     attributes left out, words about nothing in the picture, a tenth of them of another picture. Drawn once and kept.
 
-    Of the 64 kinds (colour, shape) 16 are in no training picture or caption. Two splits show eight of these each: "tune",
-    by which settings are chosen, and "test", which is reported. "seen" shows the 48 kinds of training. In these three
-    splits a picture's class is one of all 64, and its caption is clean and full. The variants stand in TOYS.
+    Of the 64 kinds (colour, shape) 16 are in no training picture or caption. Two splits show eight of these each:
+    "tune", by which settings are chosen, and "test", which is reported. "seen" shows the 48 kinds of training. In these
+    three splits a picture's class is one of all 64, and its caption is clean and full. The variants stand in TOYS.
     """
     classnames = [" ".join(kind) for kind in KINDS]
 

@@ -1,16 +1,17 @@
-"""Each paper's claim beside what these scripts measure: trains every row, prints tables (markdown), draws a picture (SVG).
+"""Each paper's claim beside what these scripts measure: trains every row, prints tables, draws a picture.
 
     python tests/claims.py --seeds 3                         the drawn scenes; says beforehand how long it will take
     python tests/claims.py --quick                           one seed, only the rows that a claim cannot do without
     python tests/claims.py --data emoji/train --seeds 3      real pictures, with the test sets in emoji/test
 
-Every row is a command, trained once a seed, one process a core. A finished run is skipped and an unfinished one goes on,
-so the command may be stopped and given again. --out keeps the runs, claims.md and claims.svg, which are written anew after
-each run.
+Every row is a command, trained once a seed, one process a core. A finished run is skipped and an unfinished one goes
+on, so the command may be stopped and given again. --out keeps the runs, the tables (claims.md) and the picture
+(claims.svg); both are written anew after each run.
 
-Three scores of a run are reported, all on pictures that no choice was made by. "Last" is the score after the last step.
-"Best" is the score at the step where the tuning set's is highest. "Equal time" is the score after as many seconds as the
-first row of the table takes, read between tests along a straight line; the seconds are the log's own, without tests.
+Three scores of a run are reported, all on pictures that no choice was made by. "Last" is the score after the last
+step. "Best" is the score at the step where the tuning set's is highest. "Equal time" is the score after as many seconds
+as the first row of the table takes, read between tests along a straight line; the seconds are the log's own, without
+those of tests.
 """
 import argparse
 import json
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -32,9 +34,10 @@ import curves  # noqa: E402
 import data  # noqa: E402
 
 BATCH = 128
+EVERY = 2, 4, 8  # the shares of real data: every second pair, ...
 
-# Name, minutes on one slow core, command. A name in braces is the last.pt of that row's run with the same seed, which has
-# to stand above; every-4 is a file with the keys of every fourth pair.
+# Name, minutes on one slow core, command. A name in braces is the last.pt of that row's run with the same seed, which
+# has to stand above; every-4 is a file with the keys of every fourth pair.
 TOY = [
     ("clip-1024", 4, "clip.py --limit 1024 --epochs 48"),
     ("declip-1024", 11, "declip.py --limit 1024 --epochs 48"),
@@ -91,7 +94,7 @@ REAL = [
     ("starved-teacher", 5, "tinyclip.py --subset {every-4} --epochs 16 --shrink .5 --teacher {clip-4}"),
 ]
 LAST_OF_QUICK = "none"
-PROBED = ("clip-1024", "clip-proto", "protoclip", "protoclip-off", "protoclip-captions")
+PROBED = ("clip-1024", "protoclip", "protoclip-off", "protoclip-captions")
 
 # Title, the paper's claim, rows (the first one is the baseline, which sets the equal time), the method that claims
 CLAIMS = [
@@ -99,7 +102,8 @@ CLAIMS = [
      ["clip-1024", "clip-4", "clip-longer", "declip-views", "declip-no-neighbors", "declip-1024", "declip-4"],
      ["declip-1024", "declip-4"]),
     ("ProtoCLIP", "CLIP's accuracy in a third of its time; better zero-shot and probe, most with an external teacher",
-     ["clip-1024", "clip-proto", "protoclip-off", "protoclip", "protoclip-captions"], ["protoclip", "protoclip-captions"]),
+     ["clip-1024", "clip-proto", "protoclip-off", "protoclip", "protoclip-captions"],
+     ["protoclip", "protoclip-captions"]),
     ("A-CLIP", "attentive masks over random ones over none; 2.3 times faster than SLIP, and 1.1 points better",
      ["none", "random", "attentive"], ["attentive", "random"]),
     ("TinyCLIP", "the accuracy of training from scratch in 1/1.4 to 1/7.8 of the steps",
@@ -109,11 +113,14 @@ CLAIMS = [
 
 # what a run's log says
 
+@dataclass
 class Run:
-    """Tests of one run, in order: steps [n]; seconds [n] of training before them; score and tune [n], in per cent."""
-
-    def __init__(self, steps, seconds, score, tune, extra=None):
-        self.steps, self.seconds, self.score, self.tune, self.extra = steps, seconds, score, tune, extra or {}
+    """n tests of one run, in order: steps [n], seconds [n] of training before each, score and tune [n] in per cent."""
+    steps: list
+    seconds: list
+    score: list
+    tune: list
+    probe: float | None = None
 
     def last(self):
         return self.score[-1]
@@ -126,18 +133,18 @@ class Run:
         return self.score[self.best_place()]
 
     def after(self, seconds):
-        """Score after so many seconds of training, on straight lines between tests; the last one if it had ended by then,
-        the first one if no test had been made."""
+        """Score after so many seconds of training, on straight lines between tests; beyond the ends that of the end."""
         return between(self.seconds, self.score, seconds)
 
     def reach(self, score):
-        """(steps, seconds) at which the score is first reached; None if it never is. At the first test already: of it."""
+        """(steps, seconds) at which the score is first reached, those of the first test if it is there already; None if
+        it never is."""
         place = first_reach(self.score, score)
-        return place and tuple(between(range(len(x)), x, place[0]) for x in (self.steps, self.seconds))
+        return None if place is None else tuple(between(range(len(x)), x, place) for x in (self.steps, self.seconds))
 
 
 def between(x, y, at):
-    """y at the place `at` on straight lines through (x, y), x rising; beyond the ends the y of the end."""
+    """y at the place `at` on straight lines through the points (x, y), x rising; beyond the ends the y of the end."""
     if at <= x[0]:
         return y[0]
     for (x0, y0), (x1, y1) in pairwise(zip(x, y)):
@@ -147,52 +154,53 @@ def between(x, y, at):
 
 
 def first_reach(y, target):
-    """[place], a fraction, where straight lines through y[0], y[1], ... first come to the target; None if nowhere."""
+    """Place, a fraction, where straight lines through y[0], y[1], ... first come to the target; None if nowhere."""
     if y[0] >= target:
-        return [0.]
+        return 0.
     for i, (a, b) in enumerate(pairwise(y)):
         if b >= target:
-            return [i + (target - a) / (b - a)]
+            return i + (target - a) / (b - a)
     return None
 
 
 def pairs_for(curve, score):
-    """Pairs that a method needs for a score: curve {pairs: score}, straight lines over the logarithm of the pairs. None if
-    the curve nowhere comes so high; its fewest pairs if it begins there."""
+    """Pairs that a method needs for a score: curve {pairs: score}, straight lines over the logarithm of the pairs. None
+    if the curve nowhere comes so high; its fewest pairs if it begins there."""
     pairs = sorted(curve)
     place = first_reach([curve[n] for n in pairs], score)
-    return place and math.exp(between(range(len(pairs)), [math.log(n) for n in pairs], place[0]))
+    return None if place is None else math.exp(between(range(len(pairs)), [math.log(n) for n in pairs], place))
 
 
-def read_run(folder, report, tune):
-    """Run of a folder's log.jsonl; report, tune: (test, metric) each."""
+def read_run(folder, metric):
+    """Run of the log in a folder. The first test set of the run is the one for tuning, the second is reported."""
     run, seconds, step = Run([], [], [], []), 0., 0
-    for row in map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines()):
+    for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
         seconds += row.get("extract_seconds", 0) + row.get("cluster_seconds", 0)  # between ProtoCLIP's episodes
         if "pairs_per_second" in row:
             seconds += (row["step"] - step) * BATCH / row["pairs_per_second"]
             step = row["step"]
-        elif report[0] in row.get("eval", {}):
+        elif "eval" in row:
+            tune, score, *_ = (100 * result[metric] for result in row["eval"].values())
             run.steps.append(row["step"])
             run.seconds.append(seconds)
-            for scores, (test, metric) in ((run.score, report), (run.tune, tune)):
-                scores.append(100 * row["eval"][test][metric])
-    run.extra = {"pairs/s": run.steps[-1] * BATCH / run.seconds[-1]}
-    probe = Path(folder) / "probe.json"
-    if probe.exists():
-        run.extra["probe"] = 100 * next(iter(json.loads(probe.read_text()).values()))["probe"]
+            run.score.append(score)
+            run.tune.append(tune)
+    if (folder / "probe.json").exists():
+        result, = json.loads((folder / "probe.json").read_text()).values()
+        run.probe = 100 * result["probe"]
     return run
 
 
 def average(runs):
     """The Run of the means over seeds, whose tests were at the same steps."""
-    return Run(runs[0].steps, *([mean(v) for v in zip(*(getattr(run, name) for run in runs))]
-                                for name in ("seconds", "score", "tune")))
+    seconds, score, tune = ([mean(v) for v in zip(*(getattr(run, name) for run in runs))]
+                            for name in ("seconds", "score", "tune"))
+    return Run(runs[0].steps, seconds, score, tune)
 
 
 # tables
 
-def spread(values):
+def with_spread(values):
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
@@ -215,18 +223,21 @@ def speed_up(method, baseline):
     at, reached = baseline.best_place(), method.reach(baseline.best())
     if not reached:
         return f"never reaches the baseline's best ({baseline.best():.1f} after {baseline.steps[at]} steps)"
-    early = "at the latest, since it is there at its first test, " if reached[0] == method.steps[0] else ""
-    return (f"reaches the baseline's best ({baseline.best():.1f} after {baseline.steps[at]} steps) after {reached[0]:.0f} steps, "
-            f"{early}{share(reached[0] / baseline.steps[at])} of the steps and {share(reached[1] / baseline.seconds[at])} of the "
-            f"time; of the baseline's whole time {share(reached[1] / baseline.seconds[-1])}")
+    steps, seconds = reached
+    early = "(its first test) " if steps == method.steps[0] else ""
+    return (f"reaches the baseline's best ({baseline.best():.1f} after {baseline.steps[at]} steps) after {steps:.0f} "
+            f"steps {early}- in {share(steps / baseline.steps[at])} of the steps, "
+            f"{share(seconds / baseline.seconds[at])} of the time, and {share(seconds / baseline.seconds[-1])} of the time "
+            "that the whole baseline takes")
 
 
 def fewer_pairs(curve, pairs, score):
-    """In words: how many times fewer pairs than a baseline's curve {pairs: score} needs for the same score."""
+    """How many times fewer pairs than a baseline's curve {pairs: score} needs for the same score; > or < a number where
+    the curve ends before it comes there."""
     needed = pairs_for(curve, score)
     if needed is None:
-        return f"more than {max(curve) / pairs:.1f} (the baseline does not get there)"
-    return ("at most " if score <= curve[min(curve)] else "") + f"{needed / pairs:.1f}"
+        return f"> {max(curve) / pairs:.1f}"
+    return ("< " if score <= curve[min(curve)] else "") + f"{needed / pairs:.1f}"
 
 
 def by_pairs(found, method):
@@ -238,11 +249,12 @@ def declip_table(found, pairs_of):
     clip, declip = ({pairs_of(n): runs for n, runs in by_pairs(found, name).items()} for name in ("clip", "declip"))
     if len(clip) < 2 or not declip:
         return
-    yield "| pairs | CLIP, last | best | DeCLIP, last | best | times fewer pairs, last | best | by seed, last |\n|" + "---|" * 8
+    yield "| pairs | CLIP, last | best | DeCLIP, last | best | times fewer pairs, last | best | last, by seed |"
+    yield "|" + "---|" * 8
     for n in sorted({*clip, *declip}):
         cells = [f"{n:,}"]
         for runs in (clip.get(n), declip.get(n)):
-            cells += [spread([run.last() for run in runs]), spread([run.best() for run in runs])] if runs else ["", ""]
+            cells += [with_spread([score(run) for run in runs]) if runs else "" for score in (Run.last, Run.best)]
         if n in declip:
             for score in (Run.last, Run.best):
                 curve = {m: mean(map(score, runs)) for m, runs in clip.items()}
@@ -251,6 +263,7 @@ def declip_table(found, pairs_of):
             cells.append("; ".join(fewer_pairs({m: runs[i].last() for m, runs in clip.items()}, n, declip[n][i].last())
                                    for i in range(shared)))
         yield "| " + " | ".join(cells + [""] * (8 - len(cells))) + " |"
+    yield "\nTimes fewer pairs: CLIP's pairs for DeCLIP's score, over DeCLIP's; > or < where CLIP's curve ends before it."
 
 
 def tables(found, rows, pairs_of):
@@ -261,23 +274,28 @@ def tables(found, rows, pairs_of):
         if len(names) < 2:
             continue
         baseline = found[names[0]]
-        seconds = mean(run.seconds[-1] for run in baseline)
+        seconds = max(run.seconds[-1] for run in baseline)
         yield f"\n### {title}\n\nThe paper: {claim}.\n"
         if title == "DeCLIP":
             yield from declip_table(found, pairs_of)
             yield ""
-        yield "| | command | seeds | last | best | equal time | probe | pairs/s |\n|" + "---|" * 8
+        yield "| | command | seeds | last | best | equal time | probe | pairs/s |"
+        yield "|" + "---|" * 8
         for name in names:
             runs = found[name]
-            probes = [run.extra["probe"] for run in runs if "probe" in run.extra]
-            cells = [name, f"`{commands[name]}`", str(len(runs))]
-            cells += [spread([*map(score, runs)]) for score in (Run.last, Run.best, lambda run: run.after(seconds))]
-            cells += [spread(probes) if probes else "", f"{mean(run.extra['pairs/s'] for run in runs):.0f}"]
+            probes = [run.probe for run in runs if run.probe is not None]
+            speed = mean(BATCH * run.steps[-1] / run.seconds[-1] for run in runs)
+            cells = [name, f"`{commands[name]}`", str(len(runs)), with_spread([run.last() for run in runs]),
+                     with_spread([run.best() for run in runs]), with_spread([run.after(seconds) for run in runs]),
+                     with_spread(probes) if probes else "", f"{speed:.0f}"]
             yield "| " + " | ".join(cells) + " |"
         yield ""
         for name in (name for name in methods if name in names):
             yield (f"{name}: its worst seed against the best of {names[0]}: {verdict(found[name], baseline, seconds)}. "
                    f"It {speed_up(found[name], baseline)}.\n")
+        if title == "TinyCLIP" and {"tinyclip", "teacher"} <= {*names}:
+            student, teacher = (mean(map(Run.last, found[name])) for name in ("tinyclip", "teacher"))
+            yield f"tinyclip has half of the teacher's size and {student / teacher:.2f} of its last score.\n"
 
 
 def picture(found, pairs_of, metric):
@@ -293,122 +311,152 @@ def picture(found, pairs_of, metric):
         if len(shown) > 1:
             panels.append("".join(curves.svg(f"{title}: {metric}", shown, False)))
     width, height = curves.WIDTH + 260, curves.HEIGHT + 80
-    inside = [panel.replace("<svg ", f'<svg x="{i % 2 * width}" y="{i // 2 * height}" ', 1) for i, panel in enumerate(panels)]
+    inside = [panel.replace("<svg ", f'<svg x="{i % 2 * width}" y="{i // 2 * height}" ', 1)
+              for i, panel in enumerate(panels)]
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * width}" height="{-(-len(panels) // 2) * height}">\n'
             + "\n".join(inside) + "\n</svg>\n")
 
 
 # runs
 
-def train(name, command, seed, args, earlier):
-    """Trains a row, or does nothing where it is finished -> seconds, or None if it was; earlier: {(name, seed): Future}.
-    RuntimeError with the last line of its output if it fails."""
-    out = args.out / f"{name}-{seed}"
-    places = {part: args.out / f"{part}-{seed}" / "last.pt" for part in re.findall(r"{([^}]*)}", command)}
-    places |= {part: args.out / f"{part}.txt" for part in places if part.startswith("every-")}
-    for part in places:
-        if (part, seed) in earlier:
-            earlier[part, seed].result()
-    words = command.format_map(places).split()
-    spec = words[words.index("--data") + 1] if "--data" in words else args.data
-    epochs = int(words[words.index("--epochs") + 1])
-    tests = f"{spec}-tune,{spec}" if args.data == "toy" else ",".join(args.tests)
-    words += [] if "--data" in words else ["--data", args.data]
-    words += ["--batch-size", BATCH, "--workers", 0, "--eval", tests, "--eval-every", -(-epochs // 8), "--seed", seed, "--out", out]
-    done, start = out / "done", time.time()
-    if done.exists() and done.read_text() == command:
+@dataclass
+class Job:
+    """A row with a seed: the names of rows and files that it reads, the words of its command, the folder it writes."""
+    name: str
+    seed: int
+    minutes: float
+    needs: list
+    words: list
+    out: Path
+
+    def finished(self):
+        done = self.out / "done"
+        return done.exists() and done.read_text() == " ".join(self.words)
+
+
+def jobs_of(rows, args):
+    """Jobs of all rows and seeds, in the order in which they start."""
+    jobs = []
+    for seed in range(args.seeds):
+        for name, minutes, command in rows:
+            needs, out = re.findall(r"{([^}]*)}", command), args.out / f"{name}-{seed}"
+            files = {row: args.out / f"{row}-{seed}" / "last.pt" for row, *_ in rows}
+            files |= {f"every-{step}": args.out / f"every-{step}.txt" for step in EVERY}
+            words = command.format_map(files).split()
+            words += [] if "--data" in words else ["--data", args.data]
+            spec, epochs = words[words.index("--data") + 1], int(words[words.index("--epochs") + 1])
+            tests = f"{spec}-tune,{spec}" if args.data == "toy" else args.tests
+            words += (f"--batch-size {BATCH} --workers 0 --eval-every {-(-epochs // 8)} --seed {seed}".split()
+                      + ["--eval", tests, "--out", str(out)])
+            jobs.append(Job(name, seed, minutes, needs, words, out))
+    return jobs
+
+
+def train(job, futures):
+    """Trains a job, or does nothing where it is finished -> the seconds it took, or None. futures: those of the jobs
+    before it, by (name, seed). RuntimeError with the last line of its output if it fails."""
+    for name in job.needs:
+        if (name, job.seed) in futures:
+            futures[name, job.seed].result()
+    start = time.time()
+    if job.finished():
         return None
-    ask(words, out)
-    if name in PROBED and args.data == "toy":
-        ask(["eval.py", out / "last.pt", "--data", "toy", "--workers", 0, "--probe", "--json", out / "probe.json"], out)
-    done.write_text(command)
+    ask(job.words, job.out)
+    if job.name in PROBED and "toy-tune,toy" in job.words:
+        last, probe = (str(job.out / name) for name in ("last.pt", "probe.json"))
+        ask(["eval.py", last, "--data", "toy", "--workers", "0", "--probe", "--json", probe], job.out)
+    (job.out / "done").write_text(" ".join(job.words))
     return time.time() - start
 
 
 def ask(words, out):
-    """Runs one of the scripts on one core, its output into out/output.txt."""
+    """Runs one of the scripts on one core; what it prints goes to out/output.txt."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "output.txt", "a") as file:
-        code = subprocess.run([sys.executable, ROOT / words[0], *map(str, words[1:])], stdout=file, stderr=subprocess.STDOUT,
+    output = out / "output.txt"
+    with open(output, "a") as file:
+        code = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], stdout=file, stderr=subprocess.STDOUT,
                               env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if code:
-        raise RuntimeError(f"{out / 'output.txt'}: {(out / 'output.txt').read_text().strip().splitlines()[-1]}")
+        raise RuntimeError(f"{output}: {output.read_text().strip().splitlines()[-1]}")
 
 
-def main(argv=None):
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1, help="runs a row, seeds 0, 1, ... (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="only the rows that a claim cannot do without")
-    parser.add_argument("--data", default="toy", help="toy, or training pairs as the scripts take them")
-    parser.add_argument("--tests", help="two test sets for --data: one to choose the step by, one to report "
-                                        "(default: vendor and concept in the folder test beside the data)")
+    parser.add_argument("--data", default="toy", help="toy (default), or training pairs as the scripts take them")
+    parser.add_argument("--tests", metavar="A,B", help="test sets for --data: A chooses the step, B is reported "
+                                                       "(default: test/vendor and test/concept beside the data)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
-    parser.add_argument("--out", type=Path, default=None, help="default: runs/claims, runs/claims-real for --data")
+    parser.add_argument("--out", type=Path, help="default: runs/claims, for other --data runs/claims-real")
     args = parser.parse_args(argv)
-    toy = args.data == "toy"
-    beside = Path(args.data).parent / "test"
-    args.tests = args.tests.split(",") if args.tests else [str(beside / "vendor"), str(beside / "concept")]
-    missing = [test for test in args.tests if not toy and not os.path.exists(test)]
-    if missing or len(args.tests) != 2:
-        raise SystemExit(f"--tests must name two test sets, comma between them; there is no {missing[0] if missing else 'second'}")
-    args.out = args.out or Path("runs/claims" if toy else "runs/claims-real")
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows, total = TOY if toy else REAL, 0
+    if min(args.seeds, args.processes) < 1:
+        raise SystemExit("--seeds and --processes begin at 1")
+    if args.data != "toy":
+        beside = Path(args.data).parent / "test"
+        args.tests = args.tests or f"{beside / 'vendor'},{beside / 'concept'}"
+        missing = [test for test in args.tests.split(",") if not os.path.exists(test)]
+        if missing or args.tests.count(",") != 1:
+            raise SystemExit("; ".join([f"--tests {args.tests}: two test sets are needed",
+                                        *(f"there is no {test}" for test in missing)]))
+    args.out = args.out or Path("runs/claims" if args.data == "toy" else "runs/claims-real")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    toy, total = args.data == "toy", 0
+    rows = TOY if toy else REAL
     if args.quick:
         rows = rows[:1 + [name for name, *_ in rows].index(LAST_OF_QUICK)]
+    args.out.mkdir(parents=True, exist_ok=True)
     if not toy:
         keys = [key for key, _ in data.captions(args.data)]
         total = len(keys)
-        for step in (2, 4, 8):
+        for step in EVERY:
             (args.out / f"every-{step}.txt").write_text("\n".join(keys[::step]), "utf-8", "surrogateescape")
+    jobs = jobs_of(rows, args)
 
-    def pairs_of(n):
-        return n if toy else -(-total // n)
+    def pairs_of(number):
+        """Pairs of a row "...-<number>"."""
+        return number if toy else -(-total // number)
 
     def report():
-        """Writes claims.md and claims.svg of what is finished."""
+        """Writes claims.md and claims.svg of the jobs that are finished -> the text of claims.md."""
         found = {}
-        for name, _, command in rows:
-            for seed in range(args.seeds):
-                folder = args.out / f"{name}-{seed}"
-                if (folder / "done").exists() and (folder / "done").read_text() == command:
-                    spec = "toy-busy" if "toy-busy" in command else "toy"
-                    report, tune = ((test, "top1" if toy else "i2t@10")
-                                    for test in ([spec, spec + "-tune"] if toy else [Path(t).name for t in args.tests[::-1]]))
-                    found.setdefault(name, []).append(read_run(folder, report, tune))
-        metric = "top-1, %" if toy else f"recall at 10 on {Path(args.tests[1]).name}, %"
-        text = f"Scores: {metric}." + "\n".join(["", *tables(found, rows, pairs_of)])
+        for job in jobs:
+            if job.finished():
+                found.setdefault(job.name, []).append(read_run(job.out, "top1" if toy else "i2t@10"))
+        metric = "top-1, %" if toy else f"recall at 10 on {Path(args.tests.split(',')[1]).name}, %"
+        text = "\n".join([f"Scores: {metric}.", *tables(found, rows, pairs_of)])
         (args.out / "claims.md").write_text(text)
         (args.out / "claims.svg").write_text(picture(found, pairs_of, metric))
         return text
 
-    jobs = [(seed, *row) for seed in range(args.seeds) for row in rows]
-    waiting = [job for job in jobs if not (args.out / f"{job[1]}-{job[0]}" / "done").exists()]
-    minutes = sum(job[2] for job in waiting)
-    print(f"{len(waiting)} of {len(jobs)} runs to do, {args.processes} at a time: about {minutes / args.processes / 60:.1f} hours on "
-          "slow cores")
-    earlier, failed, expected, spent = {}, [], 0, 0
+    left = sum(job.minutes for job in jobs if not job.finished())
+    print(f"{sum(not job.finished() for job in jobs)} of {len(jobs)} runs to do, {args.processes} at a time: about "
+          f"{left / args.processes / 60:.1f} hours on slow cores", flush=True)
+    futures, failed, expected, spent = {}, [], 0, 0
     with ThreadPoolExecutor(args.processes) as pool:
-        for seed, name, _, command in jobs:
-            earlier[name, seed] = pool.submit(train, name, command, seed, args, earlier)
+        for job in jobs:
+            futures[job.name, job.seed] = pool.submit(train, job, futures)
         try:
-            for seed, name, cost, _ in jobs:
+            for job in jobs:
                 try:
-                    seconds = earlier[name, seed].result()
+                    seconds = futures[job.name, job.seed].result()
                 except RuntimeError as error:
-                    failed.append(f"{name}-{seed} failed. {error}")
-                    print(failed[-1])
+                    failed.append(f"{job.name}, seed {job.seed}, failed; {error}")
                     continue
                 if seconds:
-                    expected, spent, minutes = expected + cost, spent + seconds / 60, minutes - cost
-                    left = minutes * spent / expected / args.processes
-                    print(f"{name}, seed {seed}: {seconds / 60:.1f} minutes; about {left / 60:.1f} hours left", flush=True)
+                    expected, spent, left = expected + job.minutes, spent + seconds / 60, left - job.minutes
+                    print(f"{job.name}, seed {job.seed}: {seconds / 60:.1f} minutes; about "
+                          f"{left * spent / expected / args.processes / 60:.1f} hours left", flush=True)
                     report()
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise SystemExit("stopped; the same command goes on from here") from None
     print(report())
-    print(f"{args.out / 'claims.md'}, {args.out / 'claims.svg'}")
+    print(f"The same stands in {args.out / 'claims.md'}, with curves in {args.out / 'claims.svg'}.")
     if failed:
         raise SystemExit("\n".join(failed))
 

@@ -10,7 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 
-WIDTH, HEIGHT, COLORS = 384, 280, ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the axes; Okabe and Ito's colours
+WIDTH, HEIGHT, COLORS = 384, 280, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # of the axes; Okabe and Ito's colours
 
 
 def recalls(run, test):
@@ -36,7 +36,8 @@ def svg(title, curves, pairs):
     """Lines of an SVG; curves: {name: {x: values of all runs}}, per cent; pairs: x is a number of pairs, else of steps."""
     ticks = sorted({x for points in curves.values() for x in points})
     lows, highs = zip(*[(mean(v) - spread(v), mean(v) + spread(v)) for points in curves.values() for v in points.values()])
-    low, high, scale = 5 * math.floor(min(lows) / 5), 5 * math.ceil(max(highs) / 5), math.log if pairs else float
+    low, scale = 5 * math.floor(min(lows) / 5), math.log if pairs else float
+    high = max(low + 5, 5 * math.ceil(max(highs) / 5))
 
     def right(x):
         return 60 + (WIDTH - 20) * (scale(x) - scale(ticks[0])) / (scale(ticks[-1]) - scale(ticks[0]) or 1)
