@@ -1071,7 +1071,7 @@ def fingerprint(dataset):
             files, counts = np.unique(rows[keep, -1], return_counts=True)
             names = [[dataset.prefix(file), count] for file, count in zip(files.tolist(), counts.tolist())]
             for part in (rows[keep][:, dataset.sizes], text[places], json.dumps(names).encode()):
-                digest.update(part)
+                digest.update(part if isinstance(part, bytes) else part.tobytes())
     else:  # drawn by code from a few parameters
         parameters = {k: v for k, v in vars(dataset).items() if k not in ("keep", "transform", "skipped", "replaced")}
         digest.update(repr([parameters, TOYS]).encode())
