@@ -57,10 +57,9 @@ import eval as evaluator
 # the regularisers, the spectrum
 
 def singular_values(x):
-    """x [n, D] -> its min(n, D) singular values in float64, ascending: the roots of the smaller Gram matrix's eigenvalues.
-
-    Equal to torch.linalg.svdvals, gradient included, and faster. Values that are 0 up to rounding are 0, with gradient 0.
-    float64, because a root turns a rounding error of 1e-7 into 3e-4.
+    """x [n, D] -> its min(n, D) singular values, float64, ascending: the roots of the eigenvalues of the smaller Gram
+    matrix. Equal to torch.linalg.svdvals, gradient included, and faster. What is 0 up to rounding becomes 0, without
+    gradient. Float64, because a root turns a rounding error of 1e-7 into 3e-4.
     """
     x = x.double()
     squares = torch.linalg.eigvalsh(x @ x.T if len(x) < x.shape[1] else x.T @ x)
@@ -70,11 +69,11 @@ def singular_values(x):
 
 def regularisers(f, z, k=5):
     """Frozen features f and transformed features z, both [2B, D], first the B rows of the first view (the released
-    code's "weak"), then those of the second ("strong") -> mse, cov, top: scalars in at least fp32, not weighted; top is to
-    be subtracted. f gets no gradient.
+    code's "weak"), then those of the second ("strong") -> mse, cov, top: scalars in at least fp32, without weights.
+    f gets no gradient. A loss subtracts top.
 
-    Scaled as in the released code. In the paper mse is the squared norm of the difference, which is D times ours, of z and
-    f of the same view, and top is p_1.
+    Scaled as in the released code. In the paper mse is the squared norm of the difference, which is D times ours, of
+    z and f of the same view, and top is p_1.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -93,8 +92,8 @@ def regularisers(f, z, k=5):
 def spectrum(x):
     """Features x [n, D], raw and not centred -> sve, lsvr: scalars in float64; 0 <= lsvr <= sve <= log min(n, D).
 
-    The released code has neither. Its script for figures makes the rows unit and subtracts from each row the mean of its
-    own entries, which changes the numbers.
+    The released code has neither. Its script for figures makes the rows unit and subtracts from each row the mean of
+    its own entries, which changes the numbers.
     """
     s = singular_values(x)
     p = s / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
@@ -104,8 +103,8 @@ def spectrum(x):
 # the model and its training
 
 class NMTune(nn.Module):
-    """A residual MLP with a scale for each entry, and a linear classifier on its output; with linear=True the classifier
-    only, on the features themselves. Parameters start as in the released code."""
+    """A residual MLP with a scale for each entry, and a linear classifier on its output; with linear=True only the
+    classifier, on the features themselves. Parameters start as in the released code."""
 
     def __init__(self, dim, classes, linear=False):
         super().__init__()
@@ -127,7 +126,7 @@ def fit(model, x, y, weights=(0., 0., 0.), k=5, lr=1e-3, epochs=30, batch_size=6
     cross-entropy. Order and views are functions of the seed. Returns [cross-entropy, mse, cov, top] of the first and of
     the last step (NaN: not computed). SystemExit if the loss is not finite."""
     generator, history = torch.Generator().manual_seed(seed), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # released: scale, norm and biases decay too
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # released: all of them decay
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(y) / batch_size))
     model.train()
     for epoch in range(epochs):
@@ -182,11 +181,11 @@ class Crops:
 
 
 def open_set(text, split, root, limit):
-    """A set of eval.py, or SET@PATTERN -> data set, places of the pictures chosen, and what tells its pictures from those
-    of another set (str). SystemExit if none is chosen."""
+    """A set of eval.py, or SET@PATTERN -> data set, places of the pictures chosen, and a str that tells its pictures
+    from those of other sets. SystemExit if none is chosen."""
     spec, _, pattern = (text, "", "") if os.path.exists(text) else text.partition("@")
     dataset = evaluator.open_test(spec, split, root)
-    files = [path for path, _ in getattr(getattr(dataset, "pictures", None), "samples", ())]  # in a folder for each class
+    files = [path for path, _ in getattr(getattr(dataset, "pictures", None), "samples", ())]  # a folder a class
     places = range(len(dataset))
     if pattern:
         if not files and not hasattr(dataset, "key"):
@@ -202,8 +201,8 @@ def open_set(text, split, root, limit):
 
 
 def features(model, preprocess, dataset, places, views, path, workers):
-    """Features x [V, n, D] of the readable pictures and their places [n], out of the file at path, which is made if it is
-    not there. Random crops; for views = 0 one view, the model's own."""
+    """Features x [V, n, D] of the readable pictures and their places [n], read from the file at path, which is made if
+    it is not there. Views are random crops; for views = 0 there is one, the model's own."""
     if not path.exists():
         crops, V = Crops(dataset, places, views, preprocess.size), max(1, views)
         x, index = evaluator.encode_images(model, crops, preprocess, workers=workers)
@@ -220,7 +219,7 @@ def features(model, preprocess, dataset, places, views, path, workers):
 
 
 def class_of(dataset, places, text):
-    """Names of all classes, and of the class of each picture. The toy's classes are its shapes: colours make its domains."""
+    """Names of all classes, and the name of each picture's class. The toy's are shapes; colours are its domains."""
     names, y = dataset.classnames, evaluator.labels_of(dataset, places, dataset.classnames, text).tolist()
     if isinstance(dataset, data.ToyDataset):
         return list(data.SHAPES), [names[number].split()[-1] for number in y]
@@ -230,11 +229,11 @@ def class_of(dataset, places, text):
 # caption noise
 
 def swap(captions, share, seed):
-    """captions {key: list of str} -> the same, but round(share * n) keys, chosen at random, have the captions of another
-    of them, which differ from their own. SystemExit if that cannot be.
+    """captions {key: list of str} -> the same, but round(share * n) keys, chosen at random, have the captions of
+    another of them, which differ from their own. SystemExit if that cannot be.
 
-    The released code (open_clip/shuffle_data.py) exchanges the captions of two random pairs int(share * n) times. A pair
-    may come up again, and captions may be equal, so about 1 - exp(-2 share) of the pairs change: 18 % for .1.
+    The released code (open_clip/shuffle_data.py) exchanges the captions of two random pairs int(share * n) times. A
+    pair may come up again, and captions may be equal, so about 1 - exp(-2 share) of the pairs change: 18 % for .1.
     """
     chosen = random.Random(seed).sample(list(captions), round(share * len(captions)))
     equal = {}
@@ -242,8 +241,7 @@ def swap(captions, share, seed):
         equal.setdefault(data.clean("\n".join(captions[key])), []).append(key)  # as the tokenizer reads them
     step = max(map(len, equal.values()), default=0)
     if 2 * step > len(chosen):
-        raise SystemExit(f"--swap {share}: of the {len(chosen)} pairs chosen {step} have one caption, so not all can get "
-                         "another")
+        raise SystemExit(f"--swap {share}: {step} of {len(chosen)} pairs have the same caption, so some keep theirs")
     order = [key for keys in equal.values() for key in keys]  # equal ones side by side: none is `step` places further
     return captions | {key: captions[donor] for key, donor in zip(order, order[step:] + order[:step])}
 
@@ -253,7 +251,7 @@ def write_noise(args):
     captions = {}
     for key, caption in data.captions(args.data, args.limit, args.data_root):
         if re.search(r"[\t\n\r]", key):
-            raise SystemExit(f"--data {args.data}: a --subset file cannot hold the key {key!r}: a tab or a new line is in it")
+            raise SystemExit(f"--data {args.data}: the key {key!r} has a tab or a new line, which --subset cannot read")
         captions.setdefault(key, []).append(" ".join(caption.split()))
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     for key, texts in swap(captions, args.swap, args.seed).items():
@@ -283,9 +281,9 @@ def parse_args(argv=None):
     add("--json", metavar="FILE", help="write all results")
     add("--workers", type=int, default=min(8, os.cpu_count()))
     add("--seed", type=int, default=0)
-    add("--swap", type=float, metavar="SHARE", help="print a --subset file of --data with this share of captions swapped")
+    add("--swap", type=float, metavar="SHARE", help="print a --subset file of --data, this share swapped")
     add("--data", default="toy", help="for --swap: what clip.py's --data takes")
-    add("--data-root", metavar="DIR", help="folder of torchvision's files or of cc3m (default $CLIP_DATA or ./datasets)")
+    add("--data-root", metavar="DIR", help="torchvision's files, cc3m (default $CLIP_DATA or ./datasets)")
     args = parser.parse_args(argv)
     if args.swap is None and not args.checkpoint:
         parser.error("give a checkpoint, or --swap")
@@ -318,7 +316,7 @@ def main(argv=None):
         name = hashlib.sha256(json.dumps([checkpoint, state, places, views]).encode()).hexdigest()[:24]
         x, places = features(model, preprocess, dataset, places, views, Path(args.out) / f"{name}.pt", args.workers)
         if not x.isfinite().all():
-            raise SystemExit(f"{args.checkpoint} gives features of {spec} that are not finite; see the log of its training")
+            raise SystemExit(f"{args.checkpoint} gives features of {spec} that are not finite: did its training fail?")
         classnames, y = class_of(dataset, places, spec)
         names = names if sets else classnames
         known = torch.tensor([name in names for name in y])
@@ -326,7 +324,7 @@ def main(argv=None):
             raise SystemExit(f"{spec} has no picture of a class of {args.train}, such as {names[0]!r}")
         y = torch.tensor([names.index(name) for name in y if name in names])
         sets.append((x[:, known].to(device), y.to(device)))
-        print(f"{head}: {spec}, {known.sum()} pictures of {len(names)} classes, {(~known).sum()} of other classes left out, "
+        print(f"{head}: {spec}, {known.sum()} pictures ({(~known).sum()} of other classes left out), "
               f"{time.perf_counter() - start:.1f} s")
     (x, y), *tests = sets
     rows, D = {}, x.shape[-1]
@@ -345,11 +343,11 @@ def main(argv=None):
     text = evaluator.text_classifier(model, tokenizer, names, prompts)
     add_row("zero-shot", start, lambda f: (f, F.normalize(f, dim=1) @ text.T))
     mse, cov, top, k = WEIGHTS["paper" if args.paper else "released"]
-    regularised = (mse * D if args.paper else mse, cov, top)
-    for name, weights, lr in (("linear probe", (0, 0, 0), 1e-2), ("MLP", (0, 0, 0), 1e-3), ("NMTune", regularised, 1e-3)):
+    tuned, plain = (mse * D if args.paper else mse, cov, top), (0, 0, 0)
+    for name, weights, lr in (("linear probe", plain, 1e-2), ("MLP", plain, 1e-3), ("NMTune", tuned, 1e-3)):  # released
         torch.manual_seed(args.seed)
         start, classifier = time.perf_counter(), NMTune(D, len(names), linear=name == "linear probe").to(device)
-        history = fit(classifier, x, y, weights, k, lr, args.epochs, seed=args.seed)  # the released epochs, batch and lr
+        history = fit(classifier, x, y, weights, k, lr, args.epochs, seed=args.seed)
         add_row(name, start, lambda f: apply(classifier, f))
 
     # accuracy in per cent; SVE and LSVR, in domain, of the features that a row's classifier reads
