@@ -250,10 +250,10 @@ def write_noise(args):
     """Prints a file for --subset: a line for each key and caption."""
     captions = {}
     for key, caption in data.captions(args.data, args.limit, args.data_root):
-        if re.search(r"[\t\n\r]", key):
-            raise SystemExit(f"--data {args.data}: the key {key!r} has a tab or a new line, which --subset cannot read")
+        if not key.strip() or re.search(r"[\t\n\r\ud800-\udfff]", key):
+            raise SystemExit(f"--data {args.data}: the key {key!a} is blank, not UTF-8, or holds a tab or a new line")
         captions.setdefault(key, []).append(" ".join(caption.split()))
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    sys.stdout.reconfigure(encoding="utf-8")
     for key, texts in swap(captions, args.swap, args.seed).items():
         print("\n".join(f"{key}\t{text}" for text in texts))
 
@@ -271,8 +271,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("checkpoint", nargs="?", help="last.pt or best.pt of a run, or a file of OpenAI's or open_clip's")
     add("--train", metavar="SET", default="toy-seen", help="training set of the classifiers (default: %(default)s)")
-    add("--test", metavar="SET", default="toy-seen", help="test set of the same domain (default: %(default)s)")
-    add("--ood", metavar="SETS", help="comma list of test sets of other domains (default: toy, if --train is toy-seen)")
+    add("--test", metavar="SET", help="test set of the same domain (default: the test split of --train)")
+    add("--ood", metavar="SETS", help="comma list of test sets of other domains (default for toy-seen: toy)")
     add("--views", type=int, default=4, help="random crops of each training picture")
     add("--paper", action="store_true", help="the paper's weights of the regularisers in place of the released code's")
     add("--epochs", type=int, default=30)
@@ -306,7 +306,7 @@ def main(argv=None):
 
     # features of the training set and of the test sets, whose classes are found by name
     ood = args.ood.split(",") if args.ood else ["toy"] if args.train == "toy-seen" else []
-    specs = [args.train, args.test, *ood]
+    specs = [args.train, args.test or args.train, *ood]
     opened = [open_set(spec, "test" if i else "train", args.data_root, args.limit) for i, spec in enumerate(specs)]
     heads, sets = ["training", "in domain", *(f"out {i + 1}" for i in range(len(ood)))], []
     for head, spec, (dataset, places, state) in zip(heads, specs, opened):

@@ -112,7 +112,7 @@ def test_stored_features_get_no_gradient():
     assert f.grad is None and z.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("z", [torch.zeros(6, 4), torch.ones(6, 4), torch.ones(2, 9)], ids=["zeros", "equal rows", "a batch of one"])
+@pytest.mark.parametrize("z", [torch.zeros(6, 4), torch.ones(6, 4), torch.ones(2, 9)], ids=["zeros", "equal", "one pair"])
 def test_degenerate_batches_have_finite_terms_and_gradients(z):
     z = z.clone().requires_grad_()
     terms = nmtune.regularisers(torch.ones_like(z), z)
@@ -260,7 +260,7 @@ def test_swap_changes_exactly_the_share(share, count):
     before = pairs(200)
     after = nmtune.swap(before, share, 0)
     assert sum(before[key] != after[key] for key in before) == count and list(after) == list(before)
-    assert Counter(c for texts in after.values() for c in texts) == Counter(c for texts in before.values() for c in texts)
+    assert sorted(after.values()) == sorted(before.values())
     assert after == nmtune.swap(before, share, 0) and (not count or after != nmtune.swap(before, share, 1))
 
 
@@ -275,7 +275,8 @@ def test_swap_among_equal_captions():
 
 
 def test_swap_writes_a_subset_file(tmp_path, capsys):
-    rows = [{"filename": f"{i}.jpg", "caption": [f"one\t{i}", f" two \n {i}"] if i % 2 else f"é {i}"} for i in range(20)]
+    texts = [[f"one\t{i}", f" two \n {i}"] if i % 2 else f"é {i}" for i in range(20)]
+    rows = [{"filename": f"{i}.jpg", "caption": text} for i, text in enumerate(texts)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     nmtune.main(["--swap", ".5", "--data", str(tmp_path / "pairs.jsonl"), "--limit", "10"])
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
@@ -319,7 +320,8 @@ def write_set(path, keys, names=("red", "green", "blue"), broken=()):
             number = int(key.split("_")[1])
             file = io.BytesIO()
             Image.new("RGB", (20 + number, 24), [(200, 9, 9), (9, 200, 9), (9, 9, 200)][number % 3]).save(file, "PNG")
-            for ending, content in (("png", b"no" if key in broken else file.getvalue()), ("cls", str(number % 3).encode())):
+            content = b"no" if key in broken else file.getvalue()
+            for ending, content in (("png", content), ("cls", str(number % 3).encode())):
                 info = tarfile.TarInfo(f"{key}.{ending}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -332,7 +334,7 @@ KEYS = [f"{artist}_{i}" for artist in ("ann", "bob", "eve") for i in range(8)]
 def test_the_toy(folder, capsys):
     text, rows = run(folder, capsys)
     assert list(rows) == ["zero-shot", "linear probe", "MLP", "NMTune"]
-    assert re.search(r"in domain +out 1 +SVE +LSVR +seconds\n", text) and len(re.findall(r"step: cross-entropy", text)) == 2
+    assert re.search(r"in domain +out 1 +SVE +LSVR +seconds\n", text) and text.count("step: cross-entropy") == 2
     for row in rows.values():
         inside, outside = row["tests"]
         assert (inside["set"], outside["set"], inside["n"], outside["n"]) == ("toy-seen", "toy", 40, 40)
@@ -360,9 +362,8 @@ def test_kept_features_belong_to_one_checkpoint_and_one_set(folder, capsys, tmp_
     for _ in range(2):
         _, rows = run(folder, capsys)
         _, twice = run(tmp_path, capsys, "--out", folder / "features")
-    assert rows["zero-shot"]["tests"] == [  # scaling changes neither cosines nor spectra
-        {**new, "sve": pytest.approx(new["sve"]), "lsvr": pytest.approx(new["lsvr"])} for new in twice["zero-shot"]["tests"]]
-    assert rows["linear probe"]["tests"][0]["sve"] == pytest.approx(twice["linear probe"]["tests"][0]["sve"])
+    for one, two in zip(rows["zero-shot"]["tests"], twice["zero-shot"]["tests"]):  # lengths do not matter to it
+        assert (one["top1"], one["sve"], one["lsvr"]) == (two["top1"], pytest.approx(two["sve"]), pytest.approx(two["lsvr"]))
     sizes = {float(torch.load(path, weights_only=True)["x"].norm()) for path in (folder / "features").iterdir()}
     assert len(sizes) == len(list((folder / "features").iterdir())) >= 6
     a = write_set(tmp_path / "a", KEYS)
@@ -383,9 +384,10 @@ def test_domains_by_keys(folder, capsys, tmp_path):
     text, rows = run(folder, capsys, "--train", f"{a}@/(ann|bob)_[0-5]", "--test", f"{a}@/(ann|bob)_[67]", "--ood",
                      f"{a}@eve,{other}", "--epochs", 40)
     assert [test["n"] for test in rows["MLP"]["tests"]] == [3, 8, 4]
-    assert f"training: {a}@/(ann|bob)_[0-5], 11 pictures (0 of other" in text and f"{other}, 4 pictures (2 of other" in text
+    assert f"training: {a}@/(ann|bob)_[0-5], 11 pictures (0 of other" in text
+    assert f"{other}, 4 pictures (2 of other" in text
     assert rows["MLP"]["tests"][1]["top1"] == rows["NMTune"]["tests"][1]["top1"] == 1
-    assert rows["MLP"]["tests"][2]["per_class"] == [0, None, 0]  # its blue are red, its red green: names count, not numbers
+    assert rows["MLP"]["tests"][2]["per_class"] == [0, None, 0]  # its "blue" are red: names count, not numbers
 
 
 def test_folders_of_classes(folder, capsys, tmp_path):
@@ -394,8 +396,8 @@ def test_folders_of_classes(folder, capsys, tmp_path):
             (tmp_path / artist / color).mkdir(parents=True)
             for i in range(3):
                 Image.new("RGB", (30, 30), color).save(tmp_path / artist / color / f"{i}.png")
-    text, rows = run(folder, capsys, "--train", f"{tmp_path / 'ann'}@[01].png", "--test", f"{tmp_path / 'ann'}@2.png", "--ood",
-                     tmp_path / "bob")
+    text, rows = run(folder, capsys, "--train", f"{tmp_path / 'ann'}@[01].png", "--test", f"{tmp_path / 'ann'}@2.png",
+                     "--ood", tmp_path / "bob")
     assert "4 pictures" in text and [test["n"] for test in rows["NMTune"]["tests"]] == [2, 6]
 
 
@@ -422,6 +424,8 @@ def test_a_sentence_for_each_mistake(folder, tmp_path, capsys, arguments, senten
     torch.save(state, tmp_path / "nan.pt")
     known = {"CHECKPOINT": str(folder / "clip/last.pt"), "NAN": str(tmp_path / "nan.pt")}
     arguments = [known.get(argument, argument.replace("SET", str(a))) for argument in arguments]
+    if arguments:
+        arguments += ["--workers", "0", "--limit", "30", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as error:
-        nmtune.main([*arguments, *["--workers", "0", "--limit", "30", "--out", str(tmp_path / "out")] * bool(arguments)])
+        nmtune.main(arguments)
     assert sentence in (str(error.value) + capsys.readouterr().err)
