@@ -207,7 +207,7 @@ def features(model, preprocess, dataset, places, views, path, workers):
         crops, V = Crops(dataset, places, views, preprocess.size), max(1, views)
         x, index = evaluator.encode_images(model, crops, preprocess, workers=workers)
         whole = torch.bincount(index // V, minlength=len(places)) == V  # readable in every view
-        x = x[whole[index // V]].unflatten(0, (-1, V)).transpose(0, 1)
+        x = x[whole[index // V]].unflatten(0, (int(whole.sum()), V)).transpose(0, 1)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"x": x.cpu().contiguous(), "places": torch.tensor(places)[whole.cpu()]}, f"{path}.tmp")
@@ -272,7 +272,7 @@ def parse_args(argv=None):
     add("checkpoint", nargs="?", help="last.pt or best.pt of a run, or a file of OpenAI's or open_clip's")
     add("--train", metavar="SET", default="toy-seen", help="training set of the classifiers (default: %(default)s)")
     add("--test", metavar="SET", help="test set of the same domain (default: the test split of --train)")
-    add("--ood", metavar="SETS", help="comma list of test sets of other domains (default for toy-seen: toy)")
+    add("--ood", metavar="SETS", help="comma list of test sets of other domains, without commas in patterns")
     add("--views", type=int, default=4, help="random crops of each training picture")
     add("--paper", action="store_true", help="the paper's weights of the regularisers in place of the released code's")
     add("--epochs", type=int, default=30)
@@ -314,6 +314,7 @@ def main(argv=None):
         if sets and state == opened[0][2] and {*places} & {*opened[0][1]}:
             raise SystemExit(f"{spec} has pictures that --train has too; SET@PATTERN parts them")
         name = hashlib.sha256(json.dumps([checkpoint, state, places, views]).encode()).hexdigest()[:24]
+        asked = len(places)
         x, places = features(model, preprocess, dataset, places, views, Path(args.out) / f"{name}.pt", args.workers)
         if not x.isfinite().all():
             raise SystemExit(f"{args.checkpoint} gives features of {spec} that are not finite: did its training fail?")
@@ -324,8 +325,8 @@ def main(argv=None):
             raise SystemExit(f"{spec} has no picture of a class of {args.train}, such as {names[0]!r}")
         y = torch.tensor([names.index(name) for name in y if name in names])
         sets.append((x[:, known].to(device), y.to(device)))
-        print(f"{head}: {spec}, {known.sum()} pictures ({(~known).sum()} of other classes left out), "
-              f"{time.perf_counter() - start:.1f} s")
+        print(f"{head}: {spec}, {len(y)} pictures (left out: {asked - len(known)} unreadable, {len(known) - len(y)} of "
+              f"other classes), {time.perf_counter() - start:.1f} s")
     (x, y), *tests = sets
     rows, D = {}, x.shape[-1]
 
@@ -350,7 +351,7 @@ def main(argv=None):
         history = fit(classifier, x, y, weights, k, lr, args.epochs, seed=args.seed)
         add_row(name, start, lambda f: apply(classifier, f))
 
-    # accuracy in per cent; SVE and LSVR, in domain, of the features that a row's classifier reads
+    print("accuracy in per cent; SVE and LSVR, in domain, of the features that the row's classifier reads")
     print(" " * 12, *(f"{head:>9}" for head in [*heads[1:], "SVE", "LSVR", "seconds"]))
     for name, row in rows.items():
         first, accuracies = row["tests"][0], [f"{100 * test['top1']:9.1f}" for test in row["tests"]]

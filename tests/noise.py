@@ -37,17 +37,17 @@ cells = [(share, seed) for seed in args.seeds.split(",") for share in args.share
 
 
 def table(share, seed):
-    return args.out / f"{share}-{seed}.json"
+    return args.out / f"swap{share}-{seed}.json"
 
 
 def cell(job):
     share, seed = job
     if table(share, seed).exists():
         return
-    name = args.out / f"{share}-{seed}"
+    name = str(table(share, seed)).removesuffix(".json")
     steps = [["nmtune.py", "--swap", share, "--data", args.data, "--seed", seed],
              ["clip.py", "--data", args.data, "--subset", f"{name}.tsv", "--seed", seed, "--workers", "0", "--eval", "",
-              "--out", str(name), *bpe, *flags],
+              "--out", name, *bpe, *flags],
              ["nmtune.py", f"{name}/last.pt", *sets, "--seed", seed, "--workers", "0", "--out", f"{name}/features",
               "--json", f"{name}.tmp"]]
     for step, output in zip(steps, (f"{name}.tsv", f"{name}.log", f"{name}.txt")):
