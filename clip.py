@@ -608,7 +608,7 @@ def fill_in(args, dataset, world, device):
         args.amp = "off"
     elif not args.amp:
         args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    args.out = args.out or f"runs/{Path(__file__).stem}-{data.short_name(args.data)}"
+    args.out = args.out or f"runs/{Path(__file__).stem}-{data.run_name(args.data)}"
     if args.workers is None:
         args.workers = data.default_workers(args.data, device)
     if min(args.lr, args.warmup, args.weight_decay, args.workers, args.seed) < 0:

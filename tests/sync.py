@@ -1,11 +1,12 @@
 """Same name, same code: copies what stands in one script into all other scripts that have it.
 
-    python tests/sync.py              copies from clip.py: functions, classes and tables (AUGMENT, MODELS) of the same name
-    python tests/sync.py declip       copies from declip.py
-    python tests/sync.py --check      changes nothing, prints the first differing line of each, ends with 1 if there is one
+    python tests/sync.py              copies functions, classes and tables (AUGMENT, MODELS) from clip.py
+    python tests/sync.py declip       copies them from declip.py
+    python tests/sync.py --check      changes nothing; prints the first line that differs in each block
 
 main, parse_args and RECIPES are each script's own. A script with uncommitted changes is not overwritten.
 """
+
 import ast
 import subprocess
 import sys
