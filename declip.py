@@ -171,8 +171,8 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, x, samples=None, good=True):
-        """Replaces the oldest rows by the unit rows x [B, D] of all ranks. samples: the numbers of the samples that they
-        are from, int64 [B]. good: bool or a bool tensor on the device; if it is false, nothing changes."""
+        """Replaces the oldest rows by the unit rows x [B, D] of all ranks. samples: the numbers of their samples, int64
+        [B]. good: bool, or a bool tensor on the device; if it is false, nothing changes."""
         size, good = len(self.rows), torch.as_tensor(good, device=x.device)
         if samples is None:
             samples = self.samples.new_full((len(x),), -1)
