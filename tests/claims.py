@@ -263,8 +263,8 @@ def declip_table(found, pairs_of):
             cells.append("; ".join(fewer_pairs({m: runs[i].last() for m, runs in clip.items()}, n, declip[n][i].last())
                                    for i in range(shared)))
         yield "| " + " | ".join(cells + [""] * (8 - len(cells))) + " |"
-    yield ("\nTimes fewer pairs: the pairs that CLIP needs for DeCLIP's score, over DeCLIP's; > or < where CLIP's curve "
-           "ends before it comes there.")
+    yield ("\nTimes fewer pairs: the pairs that CLIP needs for DeCLIP's score, over DeCLIP's; > or < where CLIP's "
+           "curve ends before it comes there.")
 
 
 def tables(found, rows, pairs_of):

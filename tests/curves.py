@@ -1,7 +1,7 @@
-"""Curves from the logs of runs as an SVG: recall at 10 on a test set, mean and standard deviation over the runs of a point.
+"""Curves from the logs of runs as an SVG: recall at 10 on a test set, mean and standard deviation over runs.
 
-    python tests/curves.py concept "CLIP=runs/a,runs/b" "ProtoCLIP=runs/c,runs/d" > steps.svg    each evaluation, over steps
-    python tests/curves.py concept "CLIP:1389=runs/a" "CLIP:2778=runs/b,runs/c" > pairs.svg      the last one, over pairs
+    python tests/curves.py concept "CLIP=runs/a,runs/b" "Proto=runs/c,runs/d" > steps.svg     each evaluation, over steps
+    python tests/curves.py concept "CLIP:1389=runs/a" "CLIP:2778=runs/b,runs/c" > pairs.svg    the last one, over pairs
 """
 import json
 import math
@@ -34,7 +34,7 @@ def read(test, specs):
 
 
 def svg(title, curves, pairs):
-    """Lines of an SVG; curves: {name: {x: values of all runs}}, per cent; pairs: x is a number of pairs, else of steps."""
+    """Lines of an SVG. curves: {name: {x: values of all runs}}, in per cent; x counts pairs if `pairs`, else steps."""
     ticks = sorted({x for points in curves.values() for x in points})
     every = [values for points in curves.values() for values in points.values()]
     low = 5 * math.floor(min(mean(v) - spread(v) for v in every) / 5)
