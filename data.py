@@ -890,6 +890,7 @@ TOY_TESTS = {variant + ending: (variant, split) for variant in TOYS
 
 
 def toy_rng(split, seed, what, number):
+    """random.Random of one part of one sample, the same in all variants."""
     return random.Random(f"{seed} {split} {what} {number}")
 
 

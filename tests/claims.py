@@ -227,8 +227,8 @@ def speed_up(method, baseline):
     early = "(its first test) " if steps == method.steps[0] else ""
     return (f"reaches the baseline's best ({baseline.best():.1f} after {baseline.steps[at]} steps) after {steps:.0f} "
             f"steps {early}- in {share(steps / baseline.steps[at])} of the steps, "
-            f"{share(seconds / baseline.seconds[at])} of the time, and {share(seconds / baseline.seconds[-1])} of the time "
-            "that the whole baseline takes")
+            f"{share(seconds / baseline.seconds[at])} of the time, and {share(seconds / baseline.seconds[-1])} of the "
+            "time that the whole baseline takes")
 
 
 def fewer_pairs(curve, pairs, score):
@@ -263,7 +263,8 @@ def declip_table(found, pairs_of):
             cells.append("; ".join(fewer_pairs({m: runs[i].last() for m, runs in clip.items()}, n, declip[n][i].last())
                                    for i in range(shared)))
         yield "| " + " | ".join(cells + [""] * (8 - len(cells))) + " |"
-    yield "\nTimes fewer pairs: CLIP's pairs for DeCLIP's score, over DeCLIP's; > or < where CLIP's curve ends before it."
+    yield ("\nTimes fewer pairs: the pairs that CLIP needs for DeCLIP's score, over DeCLIP's; > or < where CLIP's "
+           "curve ends before it comes there.")
 
 
 def tables(found, rows, pairs_of):

@@ -1,7 +1,7 @@
-"""README's two pictures, from the logs of runs: recall at 10 on a test set, mean and standard deviation of the runs of a point.
+"""Curves from the logs of runs as an SVG: recall at 10 on a test set, mean and standard deviation over runs.
 
-    python tests/curves.py concept "CLIP=runs/a,runs/b" "ProtoCLIP=runs/c,runs/d" > picture.svg     each evaluation, over steps
-    python tests/curves.py concept "CLIP:1389=runs/a" "CLIP:2778=runs/b,runs/c" > picture.svg       the last one, over pairs
+    python tests/curves.py concept "CLIP=runs/a,runs/b" "Proto=runs/c,runs/d" > steps.svg     each evaluation, over steps
+    python tests/curves.py concept "CLIP:1389=runs/a" "CLIP:2778=runs/b,runs/c" > pairs.svg    the last one, over pairs
 """
 import json
 import math
@@ -10,7 +10,8 @@ from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 
-WIDTH, HEIGHT, COLORS = 384, 280, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # of the axes; Okabe and Ito's colours
+WIDTH, HEIGHT = 384, 280  # of the axes
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"  # Okabe and Ito's, which the colour-blind tell apart
 
 
 def recalls(run, test):
@@ -33,11 +34,12 @@ def read(test, specs):
 
 
 def svg(title, curves, pairs):
-    """Lines of an SVG; curves: {name: {x: values of all runs}}, per cent; pairs: x is a number of pairs, else of steps."""
+    """Lines of an SVG. curves: {name: {x: values of all runs}}, in per cent; x counts pairs if `pairs`, else steps."""
     ticks = sorted({x for points in curves.values() for x in points})
-    lows, highs = zip(*[(mean(v) - spread(v), mean(v) + spread(v)) for points in curves.values() for v in points.values()])
-    low, scale = 5 * math.floor(min(lows) / 5), math.log if pairs else float
-    high = max(low + 5, 5 * math.ceil(max(highs) / 5))
+    every = [values for points in curves.values() for values in points.values()]
+    low = 5 * math.floor(min(mean(v) - spread(v) for v in every) / 5)
+    high = max(low + 5, 5 * math.ceil(max(mean(v) + spread(v) for v in every) / 5))
+    scale = math.log if pairs else float
 
     def right(x):
         return 60 + (WIDTH - 20) * (scale(x) - scale(ticks[0])) / (scale(ticks[-1]) - scale(ticks[0]) or 1)
@@ -45,23 +47,29 @@ def svg(title, curves, pairs):
     def down(y):
         return 34 + HEIGHT * (high - y) / (high - low)
 
-    yield (f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 260}" height="{HEIGHT + 80}" font-family="sans-serif" font-size="12">\n'
-           f'<rect width="100%" height="100%" fill="white"/>\n<text x="50" y="20" font-size="14">{title}</text>')
+    yield (f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 260}" height="{HEIGHT + 80}" '
+           'font-family="sans-serif" font-size="12">')
+    yield f'<rect width="100%" height="100%" fill="white"/><text x="50" y="20" font-size="14">{title}</text>'
     for y in range(low, high + 1, 5):
-        yield f'<path d="M50 {down(y):.1f}h{WIDTH}" stroke="#ddd"/><text x="44" y="{down(y) + 4:.1f}" text-anchor="end">{y}</text>'
+        yield f'<path d="M50 {down(y):.1f}h{WIDTH}" stroke="#ddd"/>'
+        yield f'<text x="44" y="{down(y) + 4:.1f}" text-anchor="end">{y}</text>'
     shown = -math.inf
     for x in ticks:
         if right(x) - shown > 44:  # else the numbers would overlap
             shown = right(x)
-            yield f'<path d="M{shown:.1f} {HEIGHT + 34}v4" stroke="black"/><text x="{shown:.1f}" y="{HEIGHT + 51}" text-anchor="middle">{x:,}</text>'
+            yield f'<path d="M{shown:.1f} {HEIGHT + 34}v4" stroke="black"/>'
+            yield f'<text x="{shown:.1f}" y="{HEIGHT + 51}" text-anchor="middle">{x:,}</text>'
     yield f'<path d="M50 34v{HEIGHT}h{WIDTH}" fill="none" stroke="black"/>'
-    yield f'<text x="{50 + WIDTH / 2}" y="{HEIGHT + 72}" text-anchor="middle">{"training pairs" if pairs else "steps"}</text>'
-    ends = []  # of the curves, where their names stand
+    yield (f'<text x="{50 + WIDTH / 2}" y="{HEIGHT + 72}" text-anchor="middle">'
+           f'{"training pairs" if pairs else "steps"}</text>')
+    ends = []  # where the names of the curves stand
     for (name, points), color in zip(curves.items(), cycle(COLORS)):
         places = [(right(x), down(mean(v)), HEIGHT * spread(v) / (high - low)) for x, v in sorted(points.items())]
-        yield f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)}"/>'
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
+        yield f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{line}"/>'
         for x, y, s in places:
-            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/><path d="M{x:.1f} {y - s:.1f}v{2 * s:.1f}" stroke="{color}"/>'
+            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>'
+            yield f'<path d="M{x:.1f} {y - s:.1f}v{2 * s:.1f}" stroke="{color}"/>'
         ends.append((y, name, color))
     free = -math.inf
     for y, name, color in sorted(ends):  # from the top down, a line apart
