@@ -2,7 +2,9 @@
 
     python tests/curves.py concept "CLIP=runs/a,runs/b" "ProtoCLIP=runs/c,runs/d" > picture.svg     each evaluation, over steps
     python tests/curves.py concept "CLIP:1389=runs/a" "CLIP:2778=runs/b,runs/c" > picture.svg       the last one, over pairs
+    python tests/curves.py counts.csv toy-seen "CLIP=runs/a,runs/b" > picture.svg       accuracy over concept counts, from frequency.py --csv
 """
+import csv
 import json
 import math
 import sys
@@ -10,7 +12,7 @@ from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 
-WIDTH, HEIGHT, COLORS = 384, 280, ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the axes; Okabe and Ito's colours
+WIDTH, HEIGHT, COLORS = 384, 280, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # of the axes; Okabe and Ito's colours
 
 
 def recalls(run, test):
@@ -32,10 +34,35 @@ def read(test, specs):
     return curves, bool(pairs)
 
 
-def svg(test, curves, pairs):
+def frequencies(path, test, specs):
+    """{name: {upper edge of a bin of counts: mean accuracies in the bin, of all checkpoints}}; without specs a curve a checkpoint."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    import frequency  # only here: it takes seconds
+    with open(path) as file:
+        rows = [row for row in csv.DictReader(file) if row["test"] == test]
+    curves = {}
+    for spec in specs or dict.fromkeys(row["checkpoint"] for row in rows):
+        name, _, checkpoints = spec.partition("=")
+        points = curves.setdefault(name, {})
+        for checkpoint in (checkpoints or name).split(","):
+            mine = [row for row in rows if row["checkpoint"] == checkpoint]
+            if not mine:
+                raise SystemExit(f"{path} has no rows of {checkpoint} on {test}")
+            edges, means, _ = frequency.binned([int(row["count"]) for row in mine], [float(row["accuracy"]) for row in mine])
+            for edge, value in zip(edges, means):
+                if not math.isnan(value):  # an empty bin
+                    points.setdefault(math.exp(edge), []).append(value)
+    if not curves:
+        raise SystemExit(f"{path} has no rows of the test {test}")
+    return curves
+
+
+def svg(title, curves, pairs, label=None):
+    """Lines of an SVG; curves: {name: {x: values of all runs}}, per cent; pairs: x is a number of pairs, else of steps, or what label says."""
     ticks = sorted({x for points in curves.values() for x in points})
     lows, highs = zip(*[(mean(v) - spread(v), mean(v) + spread(v)) for points in curves.values() for v in points.values()])
-    low, high, scale = 5 * math.floor(min(lows) / 5), 5 * math.ceil(max(highs) / 5), math.log if pairs else float
+    low, scale = 5 * math.floor(min(lows) / 5), math.log if pairs else float
+    high = max(low + 5, 5 * math.ceil(max(highs) / 5))
 
     def right(x):
         return 60 + (WIDTH - 20) * (scale(x) - scale(ticks[0])) / (scale(ticks[-1]) - scale(ticks[0]) or 1)
@@ -44,22 +71,27 @@ def svg(test, curves, pairs):
         return 34 + HEIGHT * (high - y) / (high - low)
 
     yield (f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 260}" height="{HEIGHT + 80}" font-family="sans-serif" font-size="12">\n'
-           f'<rect width="100%" height="100%" fill="white"/>\n<text x="50" y="20" font-size="14">Recall at 10 on {test}, %</text>')
+           f'<rect width="100%" height="100%" fill="white"/>\n<text x="50" y="20" font-size="14">{title}</text>')
     for y in range(low, high + 1, 5):
         yield f'<path d="M50 {down(y):.1f}h{WIDTH}" stroke="#ddd"/><text x="44" y="{down(y) + 4:.1f}" text-anchor="end">{y}</text>'
     shown = -math.inf
     for x in ticks:
         if right(x) - shown > 44:  # else the numbers would overlap
             shown = right(x)
-            yield f'<path d="M{shown:.1f} {HEIGHT + 34}v4" stroke="black"/><text x="{shown:.1f}" y="{HEIGHT + 51}" text-anchor="middle">{x:,}</text>'
+            yield f'<path d="M{shown:.1f} {HEIGHT + 34}v4" stroke="black"/><text x="{shown:.1f}" y="{HEIGHT + 51}" text-anchor="middle">{x:,.0f}</text>'
     yield f'<path d="M50 34v{HEIGHT}h{WIDTH}" fill="none" stroke="black"/>'
-    yield f'<text x="{50 + WIDTH / 2}" y="{HEIGHT + 72}" text-anchor="middle">{"training pairs" if pairs else "steps"}</text>'
+    yield f'<text x="{50 + WIDTH / 2}" y="{HEIGHT + 72}" text-anchor="middle">{label or ("training pairs" if pairs else "steps")}</text>'
+    ends = []  # of the curves, where their names stand
     for (name, points), color in zip(curves.items(), cycle(COLORS)):
         places = [(right(x), down(mean(v)), HEIGHT * spread(v) / (high - low)) for x, v in sorted(points.items())]
         yield f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)}"/>'
         for x, y, s in places:
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/><path d="M{x:.1f} {y - s:.1f}v{2 * s:.1f}" stroke="{color}"/>'
-        yield f'<text x="{WIDTH + 58}" y="{y + 4:.1f}" fill="{color}">{name}</text>'
+        ends.append((y, name, color))
+    free = -math.inf
+    for y, name, color in sorted(ends):  # from the top down, a line apart
+        free = max(y + 4, free + 14)
+        yield f'<text x="{WIDTH + 58}" y="{free:.1f}" fill="{color}">{name}</text>'
     yield "</svg>"
 
 
@@ -70,4 +102,8 @@ def spread(values):
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
-    print(*svg(sys.argv[1], *read(sys.argv[1], sys.argv[2:])), sep="\n")
+    if sys.argv[1].endswith(".csv"):
+        curves, label = frequencies(sys.argv[1], sys.argv[2], sys.argv[3:]), "training captions that mention the concept"
+        print(*svg(f"Accuracy on {sys.argv[2]}, %", curves, True, label), sep="\n")
+        raise SystemExit
+    print(*svg(f"Recall at 10 on {sys.argv[1]}, %", *read(sys.argv[1], sys.argv[2:])), sep="\n")
