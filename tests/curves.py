@@ -105,5 +105,5 @@ if __name__ == "__main__":
     if sys.argv[1].endswith(".csv"):
         curves, label = frequencies(sys.argv[1], sys.argv[2], sys.argv[3:]), "training captions that mention the concept"
         print(*svg(f"Accuracy on {sys.argv[2]}, %", curves, True, label), sep="\n")
-        raise SystemExit
-    print(*svg(f"Recall at 10 on {sys.argv[1]}, %", *read(sys.argv[1], sys.argv[2:])), sep="\n")
+    else:
+        print(*svg(f"Recall at 10 on {sys.argv[1]}, %", *read(sys.argv[1], sys.argv[2:])), sep="\n")
