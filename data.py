@@ -2,10 +2,10 @@
 
     python data.py PATH      says what is there, what was left out and why; writes a sheet of samples
 
-One string names a data set: "toy" (drawn by code, no files); cc3m, cc12m, yfcc15m (folders under --data-root);
-webdataset tars (a folder, a pattern such as "cc3m/{0000..0575}.tar", several joined by "::"); a .tsv or .csv with the
-columns filepath and title; a .jsonl with filename and caption. All are read by position and not as a stream, so that an
-epoch is a plain permutation, the same for any number of ranks and workers, and after a restart.
+One string names a data set: "toy" and its variants (drawn by code, no files: TOYS); cc3m, cc12m, yfcc15m (folders
+under --data-root); webdataset tars (a folder, a pattern such as "cc3m/{0000..0575}.tar", several joined by "::"); a
+.tsv or .csv with the columns filepath and title; a .jsonl with filename and caption. All are read by position and not
+as a stream, so that an epoch is a plain permutation, the same for any number of ranks and workers, and after a restart.
 """
 import argparse
 import atexit
@@ -75,6 +75,10 @@ def decode(image, enough=None):
     image.load()
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would turn white
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":  # 32-bit float, which convert() would clip: its own range, but at least [0, 1], becomes [0, 255]
+        pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
+        low, high = min(0, pixels.min()), max(1, pixels.max())
+        image = Image.fromarray(((pixels - low) / (high - low) * 255).round().astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -100,13 +104,23 @@ def resize_crop(image, box, size):
 
 
 def random_resized_crop(image, size, scale, rng, ratio=(3 / 4, 4 / 3)):
-    """uint8 [3, size, size]: a crop_box of bytes, a path or a PIL picture. rng: random.Random."""
+    """One crop, uint8 [3, size, size]: see random_resized_crops."""
+    return random_resized_crops(image, size, scale, rng, 1, ratio)[0]
+
+
+def random_resized_crops(image, size, scale, rng, count, ratio=(3 / 4, 4 / 3)):
+    """uint8 [count, 3, size, size]: independent crops, each by crop_box, of bytes, a path or a PIL picture.
+
+    The picture is decoded once, at the fraction that the smallest crop allows. rng: random.Random.
+    """
     image = open_image(image)
     width, height = image.size
-    top, left, h, w = crop_box(width, height, scale, rng, ratio)
+    boxes = [crop_box(width, height, scale, rng, ratio) for _ in range(count)]
+    h, w = (min(box[side] for box in boxes) for side in (2, 3))
     image = decode(image, (math.ceil(width * size / w), math.ceil(height * size / h)))
     x, y = image.width / width, image.height / height  # below 1 where it was decoded at a fraction
-    return resize_crop(image, (int(top * y), int(left * x), max(1, round(h * y)), max(1, round(w * x))), size)
+    boxes = [(int(top * y), int(left * x), max(1, round(h * y)), max(1, round(w * x))) for top, left, h, w in boxes]
+    return torch.stack([resize_crop(image, box, size) for box in boxes])
 
 
 def center_crop(image, size):
@@ -369,7 +383,7 @@ def train_bpe(captions, size):
 def find_tokenizer(bpe, spec, root=None):
     """Tokenizer for the data set `spec`. bpe: a path; "train": made from its captions; None: so for toy, else OpenAI's,
     from $CLIP_BPE, beside this file, the user's cache or the net. SystemExit if it cannot be had."""
-    if bpe == "train" or (bpe is None and spec == "toy"):
+    if bpe == "train" or (bpe is None and spec in TOYS):
         return Tokenizer(train_bpe((text for _, text in captions(spec, 100_000 if bpe else 5_000, root)), 8192))
     path = Path(bpe or os.environ.get("CLIP_BPE") or Path(__file__).with_name(BPE_FILE))
     if not path.is_file():
@@ -397,9 +411,37 @@ def download(path):
 
 # what is made once for all ranks
 
+def read_lines(path, flag):
+    """Lines of a small text file that the user named by `flag`: UTF-8 with or without BOM, line ends of any system.
+
+    Only \\n, \\r\\n and \\r end a line. Blank lines are kept, but not those at the end of the file. SystemExit if the file
+    cannot be read or is not UTF-8.
+    """
+    try:
+        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise SystemExit(f"{flag}: the file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # what UTF-16 without a mark of its order looks like
+        raise SystemExit(f"{flag}: the file {path} is not UTF-8; save it as UTF-8")
+    lines = re.split("\r\n|\n|\r", text)
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
+def cores():
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def cache(name):
-    """Path of a file in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data-efficient-clip", name)
+    """Path of a file in the user's cache: $XDG_CACHE_HOME, else ~/.cache. SystemExit if there is no home either."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data-efficient-clip", name)
+    except RuntimeError:  # some containers
+        raise SystemExit("there is no home folder for the cache: set $XDG_CACHE_HOME to a folder that can be written") from None
 
 
 @contextmanager
@@ -419,15 +461,19 @@ def make_index(paths, scan, kind):
     """Folder in the cache with what scan(path) -> rows int64 [n, k], text bytes, Counter of what was left out, finds:
     rows.npy (first column: place in the joined text; a last one is added: which path), text.npy, skipped.json."""
     state = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
-    folder = cache("index-" + hashlib.sha256(json.dumps([1, kind, state]).encode()).hexdigest()[:24])
+    folder = cache("index-" + hashlib.sha256(json.dumps([2, kind, state]).encode()).hexdigest()[:24])
     opened.cache_clear()  # a path may name another file by now
     with locked(folder):
         if folder.exists():
             return folder
-        with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
-            scans = (pool.map if len(paths) > 1 else map)(scan, paths)
-            parts = list(tqdm(scans, "index", len(paths), leave=False, disable=None))
+        try:
+            with ProcessPoolExecutor(min(len(paths), cores())) as pool:
+                scans = (pool.map if len(paths) > 1 else map)(scan, paths)
+                parts = list(tqdm(scans, "index", len(paths), leave=False, disable=None))
+        except OSError as error:
+            raise SystemExit(f"--data: a file cannot be read: {error}") from None
         rows, texts, skipped = zip(*parts)
+        skipped = sum(skipped, Counter()).most_common()
         number = np.repeat(np.arange(len(paths)), [len(part) for part in rows])
         rows = np.column_stack([np.concatenate(rows), number])
         rows[:, 0] += np.cumsum([0, *map(len, texts)])[number]
@@ -435,7 +481,8 @@ def make_index(paths, scan, kind):
         part.mkdir(exist_ok=True)
         np.save(part / "rows.npy", rows)
         np.save(part / "text.npy", np.frombuffer(b"".join(texts), np.uint8))
-        (part / "skipped.json").write_text(json.dumps(sum(skipped, Counter())))
+        others = sum(count for _, count in skipped[9:])  # extensions of the user's making may be many
+        (part / "skipped.json").write_text(json.dumps(dict(skipped[:9] + [("other reasons", others)] * bool(others))))
         os.replace(part, folder)
     return folder
 
@@ -462,6 +509,10 @@ def read(path, offset, size):
 
 # data sets
 
+TABLES = (".tsv", ".csv", ".jsonl")
+FORMATS = "data are a folder or pattern of tars (uncompressed), a .tsv, .csv or .jsonl"
+
+
 class Unreadable(RuntimeError):
     """Eleven samples failed, one after the other."""
 
@@ -469,18 +520,20 @@ class Unreadable(RuntimeError):
 class Pairs(Dataset):
     """Pictures with captions. dataset[index, seed] is the dict of transform(image bytes, caption, rng: random.Random).
 
-    A sample that fails is replaced by the one 7919 further on, ten times at most (then: Unreadable); "index" (of the
-    sample used) and "skipped" (number of failures) are added to the dict. `keep`: numbers of the samples in use;
-    `skipped`: counts, by reason, of what the files hold beside them. A subclass has captions(i) -> list of str,
-    image(i) -> bytes, path or PIL picture, key(i) -> str.
+    A sample that fails is replaced by the one 7919 further on, ten times at most; then Unreadable is raised. The dict
+    also gets "index", the number of the sample used, and "skipped", the number of failures. `keep` holds the numbers of
+    the samples in use; `skipped` counts, by reason, what the files hold beside them. A subclass has
+    own_captions(i) -> list of str, image(i) -> bytes, path or PIL picture, and key(i) -> str.
     """
     keep, skipped, classnames = range(0), {}, None
+    replaced = None  # captions of --subset: their text, cut at new lines, and where each sample's begins; an empty one: its own
 
     def __len__(self):
         return len(self.keep)
 
     def __getitem__(self, sample):
         index, seed = sample
+        first = index
         for skipped in range(11):
             try:
                 rng, texts = random.Random(seed), self.captions(index)
@@ -488,14 +541,32 @@ class Pairs(Dataset):
                 return self.transform(self.image(index), text, rng) | {"index": index, "skipped": skipped}
             except Exception as error:
                 cause, index = f"{self.key(index)}: {error!r}", (index + 7919) % len(self)
+                if index == first:  # the length is a multiple of 7919, or below 11: on to the neighbour
+                    index = first = (first + 1) % len(self)
         raise Unreadable(f"eleven samples failed one after the other; the last was {cause}")
+
+    def captions(self, i):
+        """List of the captions of sample i: its own, or those that --subset gives."""
+        if self.replaced is None:
+            return self.own_captions(i)
+        text, starts = self.replaced
+        lines = text[starts[i]:starts[i + 1]].tobytes().decode().split("\n")
+        return [caption for line in lines for caption in ([line] if line else self.own_captions(i))]
+
+    def keys(self):
+        """Iterates over the keys of all samples."""
+        return map(self.key, range(len(self)))
 
     def label(self, i):
         """Number of the class, or None."""
 
 
 class Indexed(Pairs):
-    """Pairs in files. What travels to a worker is the path of the index; the arrays are mapped where they are used."""
+    """Pairs in files. What travels to a worker is the path of the index; the arrays are mapped where they are used.
+
+    Column 0 of the index is where a sample's text begins, column 1 the size of its key, with which the text begins, the
+    last column the number of its file. `sizes`: the columns that say what a sample is, wherever it lies.
+    """
 
     def set_index(self, paths, scan, kind):
         self.index = make_index(paths, scan, kind)
@@ -509,24 +580,80 @@ class Indexed(Pairs):
     def row(self, i):
         return mapped(f"{self.index}/rows.npy")[self.keep[i]].tolist()
 
-    def text(self, i):
-        offset, size, *_ = self.row(i)
+    def text(self, offset, size):
         return mapped(f"{self.index}/text.npy")[offset:offset + size].tobytes().decode("utf-8", "surrogateescape")
+
+    def key(self, i):
+        offset, size, *_, number = self.row(i)
+        return self.prefix(number) + self.text(offset, size)
+
+    def keys(self):
+        rows, text = mapped(self.index / "rows.npy"), memoryview(mapped(self.index / "text.npy"))
+        for first in range(0, len(self), 2 ** 16):  # three times faster than key(i)
+            for offset, size, *_, number in rows[np.asarray(self.keep[first:first + 2 ** 16])].tolist():
+                yield self.prefix(number) + str(text[offset:offset + size], "utf-8", "surrogateescape")
+
+    def prefix(self, number):
+        """What the keys of a file begin with."""
+        return ""
+
+
+def braces(text):
+    """List of the texts that bash makes of one with patterns such as {00..11}, {a..c}, {1..9..2}, {a,b} and {a{1,2},b}.
+
+    A brace that is part of no pattern stays.
+    """
+    for start in [i for i, c in enumerate(text) if c == "{" and (i or text[1:2] != "}")]:
+        depth, cuts, dots = 0, [start], False
+        for i in range(start + 1, len(text)):
+            if text[i] == "}" and not depth and (len(cuts) > 1 or dots):
+                break
+            depth += (text[i] == "{") - (text[i] == "}" and depth > 0)
+            if text[i] == "," and not depth:
+                cuts.append(i)
+            dots = dots or not depth and text[i:i + 2] == ".." and text[i + 2:i + 3] != "}"
+        else:
+            continue  # never closed
+        if "," in text[start:i]:
+            parts = [part for a, b in zip(cuts, [*cuts[1:], i]) for part in braces(text[a + 1:b])]
+        else:
+            parts = brace_range(text[start + 1:i]) or [text[start:i + 1]]
+        return [text[:start] + part + rest for part in parts for rest in braces(text[i + 1:])]
+    return [text]
+
+
+def brace_range(text):
+    """List of the numbers or letters of a range such as 08..11, c..a or 0..9..2; empty if it is none."""
+    if not (found := re.fullmatch(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.(-?\d+))?", text)):
+        return []
+    first, last, step = found.groups()
+    if first.isalpha() != last.isalpha():
+        return []
+    low, high = (ord(first), ord(last)) if first.isalpha() else (int(first), int(last))
+    step = max(1, abs(int(step or 1)))
+    numbers = range(low, high + 1, step) if low <= high else range(low, high - 1, -step)
+    if first.isalpha():
+        return [chr(number) for number in numbers]
+    padded = any(re.match(r"-?0\d", end) for end in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    return [f"{number:0{width}d}" for number in numbers]
 
 
 def expand(spec):
-    """List of paths: "a{08..11}.tar::b{x,y}.tar::folder/*.tar::folder"; a folder stands for its tars."""
+    """List of paths: "a{08..11}.tar::b{x,y}.tar::folder/*.tar::folder", expanded as by bash; "::" joins.
+
+    A folder stands for its tars. A path that exists as it is written is no pattern. A pattern that nothing matches stays.
+    """
     paths = []
-    for part in spec.split("::"):
-        part = os.path.expanduser(part)
-        if brace := re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", part):
-            low, high, names = brace.groups()
-            names = names.split(",") if names else [f"{n:0{len(low)}d}" for n in range(int(low), int(high) + 1)]
-            paths += [path for name in names for path in expand(part[:brace.start()] + name + part[brace.end():])]
-        elif os.path.isdir(part):
-            paths += sorted(map(str, Path(part).glob("*.tar")))
-        else:
-            paths += sorted(glob.glob(part)) if glob.has_magic(part) else [part]
+    for part in map(os.path.expanduser, [spec] if os.path.exists(spec) else spec.split("::")):
+        for path in [part] if os.path.exists(part) else braces(part):
+            if os.path.isdir(path):
+                path = os.path.join(path, "*.tar")
+            folder = path if os.path.exists(path) else os.path.dirname(path)
+            while folder and not os.path.exists(folder):
+                folder = os.path.dirname(folder)
+            pattern = glob.escape(folder) + path[len(folder):]  # a bracket in what exists is a character
+            paths += sorted(glob.glob(pattern)) or [path]
     return paths
 
 
@@ -537,6 +664,12 @@ def scan_tar(path, require):
     begins a new one, as in open_clip.
     """
     groups, rows, keys, skipped = [], [], bytearray(), Counter()
+
+    def lacks(what):
+        seen = sorted({"." + re.sub(r".*\.", "*.", extension) for extension in group})  # d.jpg, of c.d.jpg: *.jpg
+        return ValueError(f"no {what} beside {' '.join(seen)} (the members of a sample must stand next to each other, "
+                          "and its key ends at the first dot)")
+
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -552,7 +685,9 @@ def scan_tar(path, require):
             if tar.fileobj.read(512) != bytes(512):  # the mark of the end
                 raise tarfile.ReadError
     except tarfile.TarError:
-        skipped["damaged or truncated tar"] += 1
+        if not groups and not path.lower().endswith(".tar"):
+            raise SystemExit(f"--data: {path} is no tar; {FORMATS}") from None
+        skipped["damaged, truncated or compressed tar"] += 1
     for key, group in groups:
         image = next((group[e] for e in ("jpg", "png", "jpeg", "webp") if e in group), None)
         text, label = group.get("txt", (0, 0)), group.get("cls", (0, 0))
@@ -560,13 +695,15 @@ def scan_tar(path, require):
             if max(offset + size for offset, size in group.values()) > os.path.getsize(path):
                 raise ValueError("cut off by the end of the tar")
             if not image:
-                raise ValueError("no picture")
+                raise lacks("picture")
+            if require == "txt" and "txt" not in group:
+                raise lacks("caption")
             if require == "txt" and not read(path, *text).decode().strip():
-                raise ValueError("blank or no caption")
+                raise ValueError("blank caption")
             label = read(path, *label).strip()
             label = int(label) if label.isdigit() else -1
             if require == "cls" and label < 0:
-                raise ValueError("no class")
+                raise lacks("class") if "cls" not in group else ValueError("class that is no number")
         except ValueError as error:
             skipped["caption not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)] += 1
             continue
@@ -580,22 +717,27 @@ class TarDataset(Indexed):
     """webdataset tars: key.jpg (.png, .jpeg, .webp), key.txt and, in test sets, key.cls, with a file classnames.txt.
 
     require: "txt" (training: the text is one caption) or "cls" (tests: each line of a text is a caption). SystemExit if
-    there is no such file, or nothing in it.
+    there is no such file, if it is no tar, or if nothing is in it.
     """
+    sizes = [1, 3, 5, 6]
+
 
     def __init__(self, spec, transform, require="txt"):
         self.paths, self.transform, self.require = expand(spec), transform, require
-        missing = [path for path in self.paths if not os.path.isfile(path)] if self.paths else [f"tar in {spec}"]
-        if missing:
-            raise SystemExit(f"there is no {missing[0]}; data are a folder or pattern of tars, a .tsv, .csv or .jsonl")
-        self.set_index(self.paths, partial(scan_tar, require=require), require)
+        for path in self.paths:
+            if not os.path.isfile(path):
+                raise SystemExit(f"there is no {path}; {FORMATS}")
         names = Path(self.paths[0]).with_name("classnames.txt")
-        self.classnames = names.read_text("utf-8").splitlines() if names.exists() else None
+        if names.exists():
+            self.classnames = read_lines(names, "--classnames")
+            if not all(map(str.strip, self.classnames)):
+                raise SystemExit(f"--classnames: {names} has a blank line between names; line i must name class i")
+        self.set_index(self.paths, partial(scan_tar, require=require), require)
 
-    def key(self, i):
-        return os.path.splitext(os.path.basename(self.paths[self.row(i)[-1]]))[0] + "/" + self.text(i)
+    def prefix(self, number):
+        return os.path.splitext(os.path.basename(self.paths[number]))[0] + "/"
 
-    def captions(self, i):
+    def own_captions(self, i):
         *_, offset, size, _, number = self.row(i)
         text = read(self.paths[number], offset, size).decode("utf-8", "replace")
         return [text] if self.require == "txt" else [line for line in text.splitlines() if line.strip()]
@@ -609,54 +751,104 @@ class TarDataset(Indexed):
         return None if label < 0 else label
 
 
+def table_rows(content, delimiter):
+    """Iterates over the rows, lists of cells, of a .tsv or .csv (bytes), first its header, without blank lines.
+
+    A cell wholly in quotes may hold delimiters, new lines and doubled quotes, as pandas and Excel write them. Any other
+    quote is an ordinary character, as in open_clip's tables.
+    """
+    cell = re.compile(rb'(?:"([^"]*(?:""[^"]*)*)"|([^%s\n]*?))(%s|\r?\n|\r?\Z)' % (delimiter, delimiter))
+
+    def row_at(content, at):
+        """The row that begins at a byte, and where the next one begins."""
+        row, ending = [], delimiter
+        while ending == delimiter:
+            quoted, plain, ending = (match := cell.match(content, at)).groups()
+            row.append(plain if quoted is None else quoted.replace(b'""', b'"'))
+            at = match.end()
+        return row, at
+
+    header, at = row_at(content, 0)
+    yield header
+    while at < len(content):
+        stop = content.find(b"\n", at) + 1 or len(content)
+        row, after = row_at(content, at)
+        if after > stop:
+            # a cell with new lines in it, or quotes of different rows, one of which was never closed: it is the latter
+            # if each line is a row by itself with a file name of the same kind
+            lines = [row_at(line, 0)[0] for line in content[at:after].removesuffix(b"\n").split(b"\n")]
+            kinds = {b"." in line[header.index(b"filepath")][-6:] for line in lines if len(line) == len(header)}
+            if len(row) != len(header) or len(kinds) == 1 and all(len(line) == len(header) for line in lines):
+                row, after = lines[0], stop
+        at = after
+        if row != [b""]:
+            yield row
+
+
 def scan_table(path):
-    """Rows (offset, size) into the text of JSON records [file name, captions] of a table; what is left out."""
+    """Rows (offset, size of the file name, size of its captions) into the text, file names each with its captions as
+    JSON, of a table; the text; what is left out."""
     rows, text, skipped = [], bytearray(), Counter()
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        if path.endswith(".jsonl"):
-            lines, name, title = map(json.loads, file), "filename", "caption"
-        else:
-            first = file.readline()
-            split = csv.reader if "\t" not in first else partial(map, lambda line: line.rstrip("\r\n").split("\t"))
-            header, lines = next(split([first]), []), split(file)  # tabs: a quote is a quote
-            if not {"filepath", "title"} <= {*header}:
-                raise SystemExit(f"{path}: the first line must name the columns filepath and title, not {header}")
-            name, title = header.index("filepath"), header.index("title")
-        while True:
-            try:
-                line = next(lines)
-                found = [line[title]] if isinstance(line[title], str) else line[title]
-                found = [caption for caption in found if caption.strip()]
-                record = json.dumps([line[name], found], ensure_ascii=False).encode()
-                if not found or not isinstance(line[name], str):
-                    raise ValueError("blank or no caption")
-            except StopIteration:
-                break
-            except UnicodeEncodeError:
-                skipped["caption not UTF-8"] += 1
-            except (ValueError, LookupError, TypeError, AttributeError, csv.Error):
-                skipped["no file name or no caption"] += 1
+    content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise SystemExit(f"--data: {path} is not UTF-8; save it as UTF-8")
+    end = re.search(rb"\r\n?|\n", content)
+    if end and end[0] == b"\r":  # an old Mac's line ends
+        content = content.translate(bytes.maketrans(b"\r\n", b"\n\r"))
+    if is_json := path.lower().endswith(".jsonl"):
+        lines = filter(bytes.strip, io.BytesIO(content))
+    elif content.strip():
+        first = content.partition(b"\n")[0]
+        delimiter = max(b"\t", b",", b";", key=first.count)
+        lines = table_rows(content, delimiter)
+        header = next(lines)
+        if not {b"filepath", b"title"} <= {*header}:
+            raise SystemExit(f"{path}: the first line must name the columns filepath and title, not {first[:200]!r}")
+        name_column, title_column = header.index(b"filepath"), header.index(b"title")
+    else:
+        lines = []
+    for line in lines:
+        try:
+            if is_json:
+                record = json.loads(line.decode())
+                name, found = record["filename"], record["caption"]
+            elif any(line[len(header):]):
+                skipped["more cells than the header has: a caption with a delimiter must stand in quotes"] += 1
+                continue
             else:
-                rows.append((len(text), len(record)))
-                text += record
-    return np.array(rows, np.int64).reshape(-1, 2), bytes(text), skipped
+                name, found = line[name_column].decode(), line[title_column].decode()
+            found = [caption for caption in ([found] if isinstance(found, str) else found) if caption.strip()]
+            name, record = name.encode(), json.dumps(found, ensure_ascii=False).encode()
+            if not name or not found:
+                raise ValueError
+        except UnicodeError:
+            skipped["caption not UTF-8"] += 1
+        except json.JSONDecodeError:
+            skipped["damaged or truncated line of JSON"] += 1
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            skipped["no file name or no caption"] += 1
+        else:
+            rows.append((len(text), len(name), len(record)))
+            text += name + record
+    return np.array(rows, np.int64).reshape(-1, 3), bytes(text), skipped
 
 
 class TableDataset(Indexed):
-    """.tsv or .csv with the columns filepath and title, or .jsonl with filename and caption, a text or a list of texts.
-    Pictures lie relative to the table. SystemExit if there is no such file, or no such columns, or nothing in it."""
+    """A .tsv or .csv with the columns filepath and title, or a .jsonl with filename and caption, a text or several.
+
+    Pictures lie relative to the table. SystemExit if there is no such file, or no such columns, or nothing in it.
+    """
+    sizes = [1, 2]
 
     def __init__(self, path, transform):
-        self.path, self.transform = path, transform
-        if not os.path.isfile(path):
-            raise SystemExit(f"there is no {path}")
-        self.set_index([path], scan_table, "table")
+        self.path, self.transform = os.path.expanduser(path), transform
+        if not os.path.isfile(self.path):
+            raise SystemExit(f"there is no {path}; {FORMATS}")
+        self.set_index([self.path], scan_table, "table")
 
-    def key(self, i):
-        return json.loads(self.text(i))[0]
-
-    def captions(self, i):
-        return json.loads(self.text(i))[1]
+    def own_captions(self, i):
+        offset, name, captions, _ = self.row(i)
+        return json.loads(self.text(offset + name, captions))
 
     def image(self, i):
         return Path(self.path).parent.joinpath(self.key(i)).read_bytes()
@@ -681,86 +873,132 @@ SHAPES = {"circle": (arc(1, 0, 1), "disc", "dot"), "ring": (arc(1, 0, 1) + arc(.
 KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
 HELD_OUT = [kind for i, kind in enumerate(KINDS) if i // 8 % 2 == i % 8 % 2 == 0]  # 4 colours x 4 shapes
 TRAINED = [kind for kind in KINDS if kind not in HELD_OUT]
+REPORTED = [kind for i, kind in enumerate(HELD_OUT) if (i // 4 + i % 4) % 2 == 0]  # each colour and each shape twice
+SPLITS = {"train": TRAINED, "seen": TRAINED, "test": REPORTED,
+          "tune": [kind for kind in HELD_OUT if kind not in REPORTED]}
 BESIDE = {(c, s): [kind for kind in TRAINED if not {(c, kind[1]), (kind[0], s)} & {*HELD_OUT}] for c, s in KINDS}
 OPENINGS = ["a", "a", "the", "my", "one", "nice", "a photo of a", "picture of a", "this is a", "stock image :"]
 CHATTER = ["free download", "holiday 2014", "for sale", "vector clip art", "made by anna", "img 0042", "best price",
            "from our trip to paris", "with dog", "new in shop", "# art", "( signed print )", "cat not included"]
-TOY = {"pairs": 24_576, "side": 40, "radius": (.3, .45), "shift": .08, "turn": .05, "hue": 9, "patches": .2,
-       "noise": .2, "second": .1,  # above: the picture; below: probabilities in a caption
+TOY = {"pairs": 1024, "side": 40, "radius": (.3, .45), "shift": .08, "turn": .05, "hue": 9, "grid": 6, "patches": .2,
+       "noise": .2, "beside": .11, "second": .1, "zipf": 0,  # above: the picture; below: probabilities in a caption
        "mismatch": .1, "color": .65, "shape": .7, "synonym": .5, "chatter": .35}
+TOYS = {"toy": TOY, "toy-zipf": TOY | {"zipf": 1},  # the exponent of Zipf's law for the kinds; 0: all equally often
+        "toy-busy": TOY | {"radius": (.15, .225), "shift": .2, "beside": .07, "grid": 10, "patches": .6}}
+TOY_TESTS = {variant + ending: (variant, split) for variant in TOYS
+             for ending, split in (("", "test"), ("-tune", "tune"), ("-seen", "seen"))}
+
+
+def toy_rng(split, seed, what, number):
+    return random.Random(f"{seed} {split} {what} {number}")
+
+
+@lru_cache(2 ** 16)
+def toy_scene(variant, split, seed, number):
+    """Dict of what is in a picture. A second object makes no held-out kind with the first one, however combined."""
+    toy, rng = TOYS[variant], toy_rng(split, seed, "scene", number)
+    kind = rng.choice(SPLITS[split])
+    if toy["zipf"] and split == "train":
+        order = random.Random(f"{seed} zipf").sample(TRAINED, len(TRAINED))
+        weights = [1 / rank ** toy["zipf"] for rank in range(1, len(order) + 1)]
+        kind, = toy_rng(split, seed, "kind", number).choices(order, weights)
+    size, x, y = rng.random(), *(.5 + rng.uniform(-1, 1) * toy["shift"] for _ in "xy")
+    other = rng.choice(BESIDE[kind]) if rng.random() < toy["second"] else None
+    return {"kind": kind, "other": other, "x": x, "y": y,
+            "radius": toy["radius"][0] * (1 - size) + toy["radius"][1] * size,
+            "size": "large" if size > .5 else "small", "light": rng.choice(["dark", "bright"])}
+
+
+@lru_cache(2 ** 16)
+def toy_caption(variant, split, seed, number):
+    """The caption of a picture, and whether it was written for another one."""
+    toy, rng, scene = TOYS[variant], toy_rng(split, seed, "caption", number), toy_scene(variant, split, seed, number)
+    if split != "train":
+        return f"a {scene['size']} {' '.join(scene['kind'])} on a {scene['light']} background", False
+    mismatch = rng.random() < toy["mismatch"]
+    if mismatch:
+        scene = toy_scene(variant, split, seed, number + 1)
+
+    def some(probability, text, otherwise=""):
+        return text if rng.random() < probability else otherwise
+
+    def name(color, shape):
+        color, shape = (some(toy["synonym"], rng.choice(names[word][1:]), word)
+                        for names, word in [(COLORS, color), (SHAPES, shape)])
+        return some(toy["color"], color) + " " + some(toy["shape"], shape, rng.choice(["thing", "object"]))
+
+    words = [rng.choice(OPENINGS), some(.4, scene["size"]), name(*scene["kind"]),
+             some(.6, f"with a {name(*scene['other'])}") if scene["other"] else "",
+             some(.2, f"on a {scene['light']} background"),
+             some(toy["chatter"], rng.choice(CHATTER)), some(toy["chatter"], rng.choice(CHATTER))]
+    return " ".join(" ".join(words).split()), mismatch
+
+
+@lru_cache(2 ** 16)  # some 80 MB
+def toy_picture(variant, split, seed, number):
+    """JPEG of a picture."""
+    toy, rng, scene = TOYS[variant], toy_rng(split, seed, "picture", number), toy_scene(variant, split, seed, number)
+    side, grid = toy["side"], toy["grid"]
+    tone = [rng.randint(*{"dark": (5, 45), "bright": (60, 100)}[scene["light"]]) for _ in range(3)]
+    patches = Image.frombytes("RGB", (grid, grid), rng.randbytes(3 * grid * grid)).resize((side, side), Image.BICUBIC)
+    picture = Image.blend(Image.new("RGB", (side, side), tuple(tone)), patches, rng.uniform(0, toy["patches"]))
+    second = (scene["other"], .15 if scene["x"] > .5 else .85, rng.choice([.15, .85]), toy["beside"])
+    for kind, x, y, radius in [(scene["kind"], scene["x"], scene["y"], scene["radius"]), second]:
+        if kind:
+            hue = (COLORS[kind[0]][0] + rng.uniform(-1, 1) * toy["hue"]) / 360 % 1
+            tone = colorsys.hsv_to_rgb(hue, rng.uniform(.6, 1), rng.uniform(.75, 1))
+            turn = cmath.rect(3 * side * radius, math.tau * rng.uniform(-1, 1) * toy["turn"])
+            points = [3 * side * complex(x, y) + turn * z for z in SHAPES[kind[1]][0]]
+            mask = Image.new("L", (3 * side, 3 * side))
+            ImageDraw.Draw(mask).polygon([(z.real, z.imag) for z in points], 255)
+            picture.paste(tuple(int(255 * t) for t in tone), (0, 0), mask.reduce(3))
+    noise = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
+    file = io.BytesIO()
+    Image.blend(picture, noise, rng.uniform(0, toy["noise"])).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 class ToyDataset(Pairs):
-    """Small scenes, each a function of (seed, split, number) alone, with captions like those of the web: synonyms,
-    attributes left out, words about nothing in the picture, a tenth of them of another picture.
+    """Small scenes, each a function of (variant, split, seed, number), with captions like those of the web: synonyms,
+    attributes left out, words about nothing in the picture, a tenth of them of another picture. Drawn once and kept.
 
-    Of the 64 kinds (colour, shape) 16 are in no training picture or caption. The split "test" shows these alone: their
-    class is among all 64, their caption is clean and full.
+    Of the 64 kinds (colour, shape) 16 are in no training picture or caption. Two splits show eight of these each:
+    "tune", by which settings are chosen, and "test", which is reported. "seen" shows the 48 kinds of training. In these
+    three splits a picture's class is one of all 64, and its caption is clean and full. The variants stand in TOYS.
     """
     classnames = [" ".join(kind) for kind in KINDS]
 
-    def __init__(self, length, transform, split="train", seed=0):
-        self.keep, self.transform, self.split, self.seed = range(length), transform, split, seed
-
-    def rng(self, what, number):
-        return random.Random(f"{self.seed} {self.split} {what} {number}")
-
-    def scene(self, number):
-        """Dict of what is in a picture. A second object makes no held-out kind with the first one, however combined."""
-        rng = self.rng("scene", number)
-        kind = rng.choice(HELD_OUT if self.split == "test" else TRAINED)
-        size, x, y = rng.random(), *(.5 + rng.uniform(-1, 1) * TOY["shift"] for _ in "xy")
-        other = rng.choice(BESIDE[kind]) if rng.random() < TOY["second"] else None
-        return {"kind": kind, "other": other, "x": x, "y": y,
-                "radius": TOY["radius"][0] * (1 - size) + TOY["radius"][1] * size,
-                "size": "large" if size > .5 else "small", "light": rng.choice(["dark", "bright"])}
+    def __init__(self, length, transform, split="train", seed=0, variant="toy"):
+        self.keep, self.transform, self.source = range(length), transform, (variant, split, seed)
 
     def key(self, i):
-        return f"toy-{self.split}/{self.keep[i]:08d}"
+        variant, split, _ = self.source
+        return f"{variant}-{split}/{self.keep[i]:08d}"
 
     def label(self, i):
-        return KINDS.index(self.scene(self.keep[i])["kind"])
+        return KINDS.index(toy_scene(*self.source, self.keep[i])["kind"])
 
-    def captions(self, i):
-        rng, scene = self.rng("caption", self.keep[i]), self.scene(self.keep[i])
-        if self.split == "test":
-            return [f"a {scene['size']} {' '.join(scene['kind'])} on a {scene['light']} background"]
-        if rng.random() < TOY["mismatch"]:
-            scene = self.scene(self.keep[i] + 1)
+    def tags(self, i):
+        """The names of the one or two kinds in picture i, the main one first; whether its caption is another's."""
+        scene = toy_scene(*self.source, self.keep[i])
+        kinds = [" ".join(kind) for kind in (scene["kind"], scene["other"]) if kind]
+        return kinds, toy_caption(*self.source, self.keep[i])[1]
 
-        def some(probability, text, otherwise=""):
-            return text if rng.random() < probability else otherwise
-
-        def name(color, shape):
-            color, shape = (some(TOY["synonym"], rng.choice(names[word][1:]), word)
-                            for names, word in [(COLORS, color), (SHAPES, shape)])
-            return some(TOY["color"], color) + " " + some(TOY["shape"], shape, rng.choice(["thing", "object"]))
-
-        words = [rng.choice(OPENINGS), some(.4, scene["size"]), name(*scene["kind"]),
-                 some(.6, f"with a {name(*scene['other'])}") if scene["other"] else "",
-                 some(.2, f"on a {scene['light']} background"),
-                 some(TOY["chatter"], rng.choice(CHATTER)), some(TOY["chatter"], rng.choice(CHATTER))]
-        return [" ".join(" ".join(words).split())]
+    def own_captions(self, i):
+        return [toy_caption(*self.source, self.keep[i])[0]]
 
     def image(self, i):
-        rng, scene, side = self.rng("picture", self.keep[i]), self.scene(self.keep[i]), TOY["side"]
-        tone = [rng.randint(*{"dark": (5, 45), "bright": (60, 100)}[scene["light"]]) for _ in range(3)]
-        patches = Image.frombytes("RGB", (6, 6), rng.randbytes(108)).resize((side, side), Image.BICUBIC)
-        picture = Image.blend(Image.new("RGB", (side, side), tuple(tone)), patches, rng.uniform(0, TOY["patches"]))
-        second = (scene["other"], .15 if scene["x"] > .5 else .85, rng.choice([.15, .85]), .11)
-        for kind, x, y, radius in [(scene["kind"], scene["x"], scene["y"], scene["radius"]), second]:
-            if kind:
-                hue = (COLORS[kind[0]][0] + rng.uniform(-1, 1) * TOY["hue"]) / 360 % 1
-                tone = colorsys.hsv_to_rgb(hue, rng.uniform(.6, 1), rng.uniform(.75, 1))
-                turn = cmath.rect(3 * side * radius, math.tau * rng.uniform(-1, 1) * TOY["turn"])
-                points = [3 * side * complex(x, y) + turn * z for z in SHAPES[kind[1]][0]]
-                mask = Image.new("L", (3 * side, 3 * side))
-                ImageDraw.Draw(mask).polygon([(z.real, z.imag) for z in points], 255)
-                picture.paste(tuple(int(255 * t) for t in tone), (0, 0), mask.reduce(3))
-        noise = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
-        file = io.BytesIO()
-        Image.blend(picture, noise, rng.uniform(0, TOY["noise"])).save(file, "JPEG", quality=90)
-        return file.getvalue()
+        return toy_picture(*self.source, self.keep[i])
+
+
+def run_name(spec):
+    """What runs on a data set are named after: the last name of its path without ending. A pattern, or a name that a
+    shell would not take as it stands, gets a hash of the whole spec, so that different patterns have different names."""
+    stem = Path(spec).stem
+    plain = re.sub(r"[^\w.+-]+", "-", stem).strip("-.")
+    if plain and plain == stem:
+        return plain
+    return f"{plain or 'data'}-{hashlib.sha256(spec.encode()).hexdigest()[:6]}"
 
 
 def open_dataset(spec, transform, limit=None, subset=None, root=None):
@@ -770,24 +1008,83 @@ def open_dataset(spec, transform, limit=None, subset=None, root=None):
         spec = os.path.join(root or os.environ.get("CLIP_DATA") or "datasets", spec)
         if not os.path.isdir(spec):
             raise SystemExit(f"--data: there is no folder {spec}; its parent is set by --data-root or $CLIP_DATA")
-    if spec == "toy":
-        dataset = ToyDataset(limit or TOY["pairs"], transform)
+    if spec in TOYS:
+        dataset = ToyDataset(limit or TOYS[spec]["pairs"], transform, variant=spec)
     else:
-        dataset = (TableDataset if spec.endswith((".tsv", ".csv", ".jsonl")) else TarDataset)(spec, transform)
+        dataset = (TableDataset if spec.lower().endswith(TABLES) else TarDataset)(spec, transform)
     if subset:
-        if not os.path.isfile(subset):
-            raise SystemExit(f"--subset: there is no file {subset}")
-        first, keys = dataset.key(0), {*Path(subset).read_text("utf-8", "surrogateescape").splitlines()}
-        dataset.keep = np.array([i for i in range(len(dataset)) if dataset.key(i) in keys], np.int64)
-        if not len(dataset):
-            raise SystemExit(f"--subset: {subset} names no sample (one is {first})")
+        select(dataset, subset)
     dataset.keep = dataset.keep[:limit]
     return dataset
 
 
-def captions(spec, limit=None, root=None):
+def select(dataset, file):
+    """Keeps the samples whose keys `file` names, with the captions that it gives; SystemExit if there are none."""
+    said, keep, texts = {}, [], []  # said: key -> captions, a line each; an empty line: the sample's own
+    for line in read_lines(file, "--subset"):
+        key, _, caption = line.partition("\t")
+        caption = caption.strip()
+        if line.strip():
+            said[key] = f"{said[key]}\n{caption}" if said.get(key, caption) != caption else caption
+    unknown, first = {*said}, dataset.key(0)
+    for i, key in enumerate(dataset.keys()):
+        if key in said:
+            keep.append(i)
+            texts.append(said[key].encode())
+            unknown.discard(key)
+    if not keep:
+        raise SystemExit(f"--subset: {file} names no sample (one is {first})")
+    dataset.keep = np.array(keep, np.int64)
+    if any(texts):
+        starts = np.cumsum([0, *map(len, texts)])
+        dataset.replaced = np.frombuffer(b"".join(texts), np.uint8), starts
+    if unknown:
+        dataset.skipped = dataset.skipped | {"key of --subset that is not in the data": len(unknown)}
+
+
+def write_subset(file, rows):
+    """Writes a file for --subset from (key, caption) pairs; an empty caption stands for the sample's own.
+
+    White space in a caption becomes single spaces. SystemExit if a key is blank, not UTF-8, or holds a tab or new line.
+    """
+    with open(f"{file}.tmp", "w", encoding="utf-8", newline="\n") as lines:
+        for key, caption in rows:
+            if not key.strip() or re.search(r"[\t\n\r\ud800-\udfff]", key):
+                raise SystemExit(f"--subset: the key {key!a} is blank, not UTF-8, or holds a tab or a new line")
+            lines.write(f"{key}\t{' '.join(caption.split())}\n")
+    os.replace(f"{file}.tmp", file)
+
+
+def fingerprint(dataset):
+    """Text that says what the data are: keys, sizes of pictures and captions, and their order.
+
+    It does not depend on where the files lie, on how --data names them, or on the bytes of a picture.
+    """
+    digest = hashlib.sha256()
+    if isinstance(dataset, Indexed):
+        rows, text = mapped(dataset.index / "rows.npy"), mapped(dataset.index / "text.npy")
+        starts = np.append(rows[:, 0], len(text))
+        for first in range(0, len(dataset), 2 ** 16):
+            keep = np.asarray(dataset.keep[first:first + 2 ** 16])
+            lengths = starts[keep + 1] - starts[keep]
+            places = np.arange(lengths.sum()) + np.repeat(starts[keep] - np.cumsum(lengths) + lengths, lengths)
+            files, counts = np.unique(rows[keep, -1], return_counts=True)
+            names = [[dataset.prefix(file), count] for file, count in zip(files.tolist(), counts.tolist())]
+            for part in (rows[keep][:, dataset.sizes], text[places], json.dumps(names).encode()):
+                digest.update(part if isinstance(part, bytes) else part.tobytes())
+    else:  # drawn by code from a few parameters
+        parameters = {k: v for k, v in vars(dataset).items() if k not in ("keep", "transform", "skipped", "replaced")}
+        digest.update(repr([parameters, TOYS]).encode())
+        digest.update(np.asarray(dataset.keep, np.int64))
+    if dataset.replaced:
+        text, starts = dataset.replaced
+        digest.update(starts[:len(dataset) + 1].tobytes() + text[:starts[len(dataset)]].tobytes())
+    return digest.hexdigest()[:32]
+
+
+def captions(spec, limit=None, root=None, subset=None):
     """Iterates (key, caption) over a data set; no picture is read."""
-    dataset = open_dataset(spec, None, limit, root=root)
+    dataset = open_dataset(spec, None, limit, subset, root)
     return ((dataset.key(i), text) for i in range(len(dataset)) for text in dataset.captions(i))
 
 
@@ -855,8 +1152,22 @@ class Loader(DataLoader):
             raise SystemExit(f"{str(error).rpartition('Unreadable: ')[2].strip()}; see: python data.py PATH") from None
 
 
+def default_workers(spec, device):
+    """Number of workers for each rank: its share of the cores that this process may use, at most 12.
+
+    0 for the toy on a CPU, which it draws faster than workers hand it over; at least 1 on a GPU.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu and spec.split("-")[0] == "toy":
+        return 0
+    return max(0 if on_cpu else 1, min(12, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def loader(dataset, batches, workers, device=None):
     """Loader of Pairs over EpochBatches; its workers live on between epochs. torch's global RNG is left alone."""
+    # Workers start as Python's default has it (fork on Linux before 3.14, then forkserver; spawn on macOS) at the first
+    # batch, when CUDA and NCCL are already at work. A fork is safe then: NCCL calls ibv_fork_init, so that memory which
+    # it registers with InfiniBand is no part of a forked process, and workers use neither CUDA nor the process group.
     cuda = device is not None and torch.device(device).type == "cuda"
     return Loader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=cuda,
                   persistent_workers=workers > 0, worker_init_fn=deaf, generator=torch.Generator())

@@ -1,78 +1,39 @@
-"""DeCLIP: supervision exists everywhere, so CLIP learns from fewer pairs.
+"""DeCLIP: CLIP learns from fewer pairs, because each pair teaches in several ways.
 
-The idea. A pair holds more than "this picture, this caption". Each picture is cropped and recoloured twice, each caption
-written twice (some words masked; two words swapped, some dropped or one replaced), and the views teach each other: all four
-combinations of a picture and a text are contrasted (MVS); each crop predicts the feature of the other crop (SimSiam); the
-text tower guesses the masked words (MLM); and a picture is also to match the caption most similar to its own among recent
-ones, which lie in a queue, for captions of other pictures describe it too (NNS). Only the two towers are kept for use; there
-is no teacher and no momentum encoder.
+The idea. A pair says more than "this picture, this caption". Each picture is cropped and recoloured twice. Each caption
+is written twice: once with some words masked, once edited (two words swapped, some dropped, or one replaced by a
+synonym). Four losses use these views:
 
-The loss. Unit rows x_k of the two crops, y_v of the masked and the edited caption, n_v the row of the queue nearest to y_v:
+    clip   CLIP's loss for all four combinations of a crop and a text (the paper's multi-view supervision).
+    nns    Nearest-neighbour supervision. A queue holds the latest captions. A crop must match the one that is most
+           similar to its own caption, because that one often describes the picture too.
+    ssl    Self-supervision of the image tower: each crop predicts the feature of the other crop (SimSiam).
+    mlm    Masked language modelling: the text tower guesses the masked words, as in BERT.
 
-    clip = mean over k, v of clip_loss(x_k, y_v)          nns = mean over k, v of cross-entropy(s x_k n_v^T), pictures only
-    ssl  = -1/2 [ cos(p_1, const z_2) + cos(p_2, const z_1) ]      z = projector(feature, not unit), p = predictor(z)
-    mlm  = cross-entropy of the masked words, read from the causal text tower before its projection
+Only the two towers are kept for use. There is no teacher and no momentum encoder.
+
+The losses. x_k is the unit vector of crop k = 1, 2. y_v is that of the masked (v = 1) or edited caption (v = 2). n_v is
+the row of the queue nearest to y_v. z_k = projector(image feature) and p_k = predictor(z_k). s is CLIP's scale.
+
+    clip = mean over k, v of clip_loss(x_k, y_v)
+    nns  = mean over k, v of cross-entropy(s <x_k, n_v>): pictures choose among neighbours, not the reverse
+    ssl  = -1/2 [ cos(p_1, z_2) + cos(p_2, z_1) ]
+    mlm  = cross-entropy of the masked words, read from the text tower before its projection
     L    = .4 clip + .2 nns + .2 ssl + .2 mlm
 
-One scale s serves clip and nns. As a target z is held constant, and the predictor stands on one side only: SimSiam found
-that without either all features become one. n is constant too: nns trains the image tower and s alone, and its negatives
-are the neighbours of the batch's other captions, not the queue. Each step first searches the queue, then puts both texts
-in, so a caption can meet its own row only from an earlier epoch; the log has their share (own_neighbors: such a neighbour
-teaches nothing new; if it grows, take a smaller --queue). 65,536 rows are the last 8 batches of 4,096 pairs.
+Targets get no gradient. In ssl, z is detached and only one branch has a predictor; drop either and SimSiam collapses.
+In nns, the neighbours are detached, so this term trains only the image tower and s. Its negatives are the neighbours of
+the batch's other captions, not the whole queue. Search before you enqueue, or each caption finds itself.
 
-clip, nns and mlm of W ranks are those of one process with the whole batch: the queue holds the captions of all ranks and is
-the same on each, mlm divides by the words masked on all ranks. ssl is not, nor RN50: batch norm has its rank's statistics.
-
-What it brought (ImageNet, zero-shot). RN50: 60.4 % from 56 M pairs, where OpenAI's CLIP has 59.6 from 400 M, 7.1 times as
-many; from 88 M 62.5, ViT-B-32 66.2 (CLIP 63.2). On YFCC15M-V2 (authors' benchmark; CLIP with weak crops alone): ViT-B-32
-43.2, CLIP 32.8; RN50 44.4, 37.2. Paper, RN50 on CC3M: CLIP 20.6, with MVS 24.8, SimSiam and MLM too 25.4, NNS too 27.2;
-CLIP with twice the epochs and batch, 1.3 times DeCLIP's GPU hours, 22.3. But MVS came with stronger augmentation; the
-baseline that has it too is clip.py --augment declip with this file's model and settings (cc3m: --epochs 32 alone).
-
-The cost. Twice CLIP's FLOPs, for each tower runs twice (the paper: 1.5 times its time); heads, queue and masked words
-add 2 % of CLIP's (ViT-B-32). The released code needs more for the same loss: word logits at all 77 positions, though masked
-ones alone count (a quarter of CLIP, and 6 GB for 128 pairs instead of .3), a queue on the CPU, words edited and cut into
-tokens inside the step.
+Results (zero-shot ImageNet). RN50 has 60.4 % from 56 M pairs; OpenAI's CLIP has 59.6 % from 400 M (paper). On
+YFCC15M-V2, ViT-B-32 has 43.2 %, CLIP 32.8 % (authors' benchmark). But DeCLIP's pictures are also augmented more
+strongly; the baseline with the same ones is clip.py --augment declip. A step takes twice CLIP's FLOPs, because each
+tower runs twice. Heads, queue and masked words add 2 %.
 
 How to run.
-    python declip.py                                                      drawn toy data, any machine, minutes
+    python declip.py                                                         built-in pictures, any machine, minutes
     torchrun --nproc_per_node=8 declip.py --data cc3m --synonyms synonyms.tsv --eval /imagenet/val
-    python declip.py --w-nn 0 --w-ssl 0 --w-mlm 0 --out runs/views        CLIP on all pairs of views
-The table of synonyms comes from WordNet's text files (wordnet.princeton.edu) by
-
-    import collections, glob
-    table = collections.defaultdict(set)
-    for fields in (line.split() for path in glob.glob("dict/data.*") for line in open(path) if line[0] != " "):
-        words = [word.split("(")[0].lower() for word in fields[4:4 + 2 * int(fields[3], 16):2]]
-        for word in (word for word in words if len(word) > 2):  # "in", "he" and "as" are chemical elements
-            table[word] |= {other for other in words if other != word and other.isalpha()}
-    with open("synonyms.tsv", "w") as file:
-        for word in filter(table.get, sorted(table)):
-            print(word, ",".join(sorted(table[word])), sep=chr(9), file=file)
-
-Where paper and released code part, and what this file does.
-    - The paper's sum is (1 - a - b - c) CLIP + a (SimSiam + MLM) + b MVS + c NNS with a = b = c = .2 (1.2 in all): .4 for
-      the pair of the originals, .2 for the other three pairs together. The released code gives each of the four .1, and .2
-      to SimSiam, MLM and NNS; so do we. --w-clip --w-nn --w-ssl --w-mlm.
-    - The paper's original text is the clean caption; the code's, and ours, the masked one (clean if --w-mlm is 0).
-    - Also as released: a ViT's patch embedding stays random, nns is asked of pictures alone, the queue holds both texts, the
-      text tower stays causal, so that mlm sees only what is to the left.
-    - Released: a queue of 65,536 rows for each rank (256 steps of its own 128 pairs, two texts each), on the CPU, not
-      saved; mlm is the mean of the ranks' means. Ours: one queue, saved; one mean.
-    - Released: logit_scale starts at ln(1/.07), is moved to [3, 6] at each optimizer step (s is 14.3 in the first forward
-      pass, 20.1 in the second); where s is above 100 the loss is that of 100, but logit_scale's gradient has s. Ours:
-      starts at 3, stays in [3, ln 100].
-    - Released: WordNet with lemmas, phrases and a list of stop words, by textaugment. Ours: a table of single words; without
-      one, swaps and deletions alone. Of several captions of a picture: theirs takes the first, ours any.
-    - Broken in the released code: a random word may be an end token, and the text is then read there (ours are ids below
-      the start token); mlm is nan where no word is masked (ours 0); a batch that crosses the queue's end loses its rest
-      (ours goes on at the start). These raise errors: RN50 with synchronised batch norm, fp16, several neighbours (ours:
-      one).
-    - Towers and AdamW are clip.py's (GELU for QuickGELU; OpenAI's mean; no bias in the text projection; eps 1e-6; no
-      decay of the class token and in_proj_bias, which their rule by kinds of layer overlooks). The mask token is the
-      last row of the embedding: CLIP and open_clip expect token_embedding.weight[:-1]. (Theirs lies below start and end
-      token, since the largest id marks the end; here the end is found before masking. Padding is id 0, a word, and
-      never masked.)
+    python declip.py --w-nns 0 --w-ssl 0 --w-mlm 0 --out runs/views          only clip, on all pairs of views
 
 Sources: Li et al. 2022 (arXiv 2110.05208), Cui et al. 2022 (arXiv 2203.05796), github.com/Sense-GVT/DeCLIP at 5d99a85.
 """
@@ -80,10 +41,10 @@ import argparse
 import json
 import math
 import os
-import re
 import signal
 import time
 from collections import OrderedDict
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -99,10 +60,10 @@ import data
 import eval as evaluator
 
 
-# loss
+# losses
 
 class Gather(torch.autograd.Function):
-    """all_gather along dimension 0 whose backward gives each rank the sum of the gradients that all ranks hold for its rows."""
+    """all_gather along dimension 0. The backward pass gives each rank the sum of all ranks' gradients for its rows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -118,90 +79,107 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """Rows of all ranks, rank-major: [B, ...] -> [N, ...], with gradient; x itself where there is no process group."""
+    """Rows of all ranks, rank 0's first: [B, ...] -> [N, ...], with gradient. Without a process group it returns x."""
     return Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
 
 
 def clip_loss(image_features, text_features, logit_scale):
-    """Symmetric InfoNCE of CLIP (section 2.3, figure 3) over all ranks, for the rows of this rank.
+    """CLIP's symmetric cross-entropy (Radford et al. 2021, figure 3) over the pairs of all ranks.
 
-    image_features, text_features: unit rows [B, D], row i of one belonging to row i of the other; B equal on all ranks.
-    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: near
-    100, bf16 knows multiples of .5 alone.
-    The mean over ranks is the loss of the whole batch; ln N for uninformative features.
+    image_features, text_features: unit rows [B, D]; row i of one belongs to row i of the other. B is equal on all
+    ranks. logit_scale: the factor s itself, not its log. Returns a scalar in at least fp32, also under autocast,
+    because bf16 rounds logits near 100 to multiples of 0.5. The mean over ranks is the loss of the whole batch.
+    Features that say nothing have the loss ln N.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
+        # SLIP gathers without gradient. A feature then learns only as a query (row), never as a candidate (column),
+        # which changes the direction of its gradient. open_clip without --local-loss --gather-with-grad divides it by
+        # W.
         all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
         rank = dist.get_rank() if len(all_x) > len(x) else 0  # one process has no process group
-        labels = torch.arange(len(x), device=x.device) + rank * len(x)  # where the own pairs stand among the N
+        labels = torch.arange(len(x), device=x.device) + rank * len(x)  # the columns of this rank's own pairs
         image_logits = logit_scale * x @ all_y.T  # [B, N]
         text_logits = logit_scale * y @ all_x.T  # [B, N]
         return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
 
 def multi_view_clip_loss(image_views, text_views, logit_scale):
-    """Mean of clip_loss over all pairs of an image view and a text view (section 3.3, multi-view supervision).
+    """Mean of clip_loss over the four pairs of an image view and a text view (multi-view supervision, section 3.3).
 
-    image_views, text_views: unit rows [2, B, D]; logit_scale: the factor. Returns a scalar in at least fp32. The mean over
-    ranks is the loss of the whole batch. The four pairs count alike, as in the released prototype/solver/declip_solver.py.
+    image_views, text_views: unit rows [2, B, D]. logit_scale: the factor. Returns a scalar in at least fp32. The mean
+    over ranks is the loss of the whole batch. The four pairs weigh the same, as in the released declip_solver.py.
     """
     with torch.autocast(image_views.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_views, text_views))
         all_x, all_y = gather(torch.cat([x, y]).transpose(0, 1)).transpose(0, 1).chunk(2)  # [2, N, D] each
         rank = dist.get_rank() if all_x.shape[1] > x.shape[1] else 0
-        labels = torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]  # where the own pairs stand among the N
-        return sum(F.cross_entropy(logit_scale * x[k] @ all_y[v].T, labels)  # [B, N]
-                   + F.cross_entropy(logit_scale * y[v] @ all_x[k].T, labels) for k in (0, 1) for v in (0, 1)) / 8
+        labels = torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]  # the columns of this rank's own pairs
+        total = 0.
+        for k in (0, 1):
+            for v in (0, 1):
+                image_logits = logit_scale * x[k] @ all_y[v].T  # [B, N]
+                text_logits = logit_scale * y[v] @ all_x[k].T  # [B, N]
+                total = total + (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels))
+        return total / 8
 
 
 def nearest_neighbor_loss(image_views, neighbors, logit_scale):
-    """Cross-entropy of each picture over N neighbours, one a caption; its label is the neighbour of its own caption. Mean over
-    all pairs of views (section 3.3, nearest-neighbor supervision; released: prototype/solver/declip_solver.py, which asks
-    pictures alone, too). Neighbours get no gradient.
+    """Cross-entropy of each picture over N neighbours, one for each caption of the batch; the right one is that of its
+    own caption. Mean over the four pairs of views (nearest-neighbour supervision, section 3.3).
 
-    image_views: unit rows [2, B, D]; neighbors: unit rows [2, B, D], of each text view; logit_scale: the factor. Returns a
-    scalar in at least fp32. The mean over ranks is the loss of the whole batch.
+    image_views: unit rows [2, B, D]. neighbors: unit rows [2, B, D], one for each text view; they get no gradient.
+    logit_scale: the factor. Returns a scalar in at least fp32. The mean over ranks is the loss of the whole batch.
     """
     with torch.autocast(image_views.device.type, enabled=False):
         dtype = torch.promote_types(image_views.dtype, torch.float32)
-        x, y = image_views.to(dtype), neighbors.detach().to(dtype)
-        y = gather(y.transpose(0, 1)).transpose(0, 1)  # [2, N, D]
-        rank = dist.get_rank() if y.shape[1] > x.shape[1] else 0
+        x, n = image_views.to(dtype), neighbors.detach().to(dtype)
+        n = gather(n.transpose(0, 1)).transpose(0, 1)  # [2, N, D]
+        rank = dist.get_rank() if n.shape[1] > x.shape[1] else 0
         labels = torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]
-        return sum(F.cross_entropy(logit_scale * x[k] @ y[v].T, labels) for k in (0, 1) for v in (0, 1)) / 4  # of [B, N] each
+        total = 0.  # of one direction only, as in the released code: captions are not asked for pictures
+        for k in (0, 1):
+            for v in (0, 1):
+                total = total + F.cross_entropy(logit_scale * x[k] @ n[v].T, labels)  # [B, N]
+        return total / 4
 
 
-class FeatureQueue:
-    """The last `size` rows that were enqueued on all ranks, the same on all (section 3.3). Random unit rows until it is
-    full. Plain tensors, since DDP would broadcast buffers at each step; vars(queue) is its state."""
+class FeatureQueue(nn.Module):
+    """The unit rows that were enqueued last, those of all ranks, equal on all ranks (section 3.3). Random unit rows at
+    first. size: number of rows; dim: their length D.
 
-    def __init__(self, size, dim, device=None):
-        generator = torch.Generator().manual_seed(0)
-        self.rows = F.normalize(torch.randn(size, dim, generator=generator), dim=1).to(device)  # [size, D]
-        self.samples = torch.full((size,), -1, device=device)  # whose row it is: a number that enqueue was given
-        self.pointer = torch.zeros((), dtype=torch.int64, device=device)  # where the oldest row is, the next to go
+    Do not make it a part of a model that DDP wraps. DDP broadcasts buffers at each step: 134 MB for 65,536 rows of 512.
+    """
+
+    def __init__(self, size, dim):
+        super().__init__()
+        rows = torch.randn(size, dim, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("rows", F.normalize(rows, dim=1))  # [size, D]
+        self.register_buffer("samples", torch.full((size,), -1))  # number of the sample that a row is from
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # place of the oldest row, the next to go
 
     @torch.no_grad()
     def search(self, x):
-        """Places [n] in the queue of the rows with the largest inner product with x [n, D]."""
+        """Places [n] in the queue of the rows that have the largest inner products with x [n, D]."""
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, self.rows.dtype)
             return (x.to(dtype) @ self.rows.to(dtype).T).argmax(1)
 
     def nearest(self, x):
-        """The rows [n, D] nearest to x [n, D], without gradient."""
+        """The rows [n, D] nearest to x [n, D], without gradient. Call it before enqueue(x)."""
         return self.rows[self.search(x)]
 
     @torch.no_grad()
     def enqueue(self, x, samples=None, good=True):
-        """Puts the unit rows x [B, D] of all ranks in place of the oldest. samples: int64 [B]; good: bool, may be a tensor on
-        the device; if false nothing changes. Query first: a caption just enqueued is its own nearest."""
+        """Puts the unit rows x [B, D] of all ranks in the place of the oldest rows. samples: numbers, int64 [B]. good:
+        bool, may be a tensor on the device; if it is false, nothing changes."""
         size, good = len(self.rows), torch.as_tensor(good, device=x.device)
         if samples is None:
             samples = self.samples.new_full((len(x),), -1)
+        # The released code has a queue for each rank, with that rank's captions, and loses it on a restart.
         x, samples = gather(x)[-size:], gather(samples)[-size:]
         self.rows = self.rows.to(torch.promote_types(self.rows.dtype, x.dtype))  # float64 stays float64
+        # A batch that crosses the end goes on at the start; in the released code its rest is lost.
         place = (self.pointer + torch.arange(len(x), device=x.device)) % size
         self.rows[place] = x.to(self.rows.dtype).where(good, self.rows[place])
         self.samples[place] = samples.where(good, self.samples[place])
@@ -209,26 +187,34 @@ class FeatureQueue:
 
 
 def simsiam_loss(p1, p2, z1, z2):
-    """-1/2 [cos(p1, z2) + cos(p2, z1)], mean over rows, in [-1, 1], z held constant (Chen & He 2021, algorithm 1).
-    All [B, d], not normalised; predictions p and projections z of two views. At least fp32."""
+    """-1/2 [cos(p1, z2) + cos(p2, z1)], mean over rows, in [-1, 1] (Chen & He 2021, algorithm 1).
+
+    Predictions p and projections z of two views, all [B, d], not of unit norm. z gets no gradient. At least fp32.
+    """
     with torch.autocast(p1.device.type, enabled=False):
         p1, p2, z1, z2 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (p1, p2, z1.detach(), z2.detach()))
         return -(F.cosine_similarity(p1, z2) + F.cosine_similarity(p2, z1)).mean() / 2
 
 
 class SimSiam(nn.Module):
-    """Projector and predictor: x [B, D], the image tower's output, not of unit norm -> p, z [B, hidden]. Sizes of the released
-    prototype/model/declip.py (Chen & He: 2,048 wide, fed by the backbone, last batch norm without scale and shift, predictor at a
-    constant lr). Batch norm has the statistics of this rank and of one view, so call it once for each view."""
+    """Projector and predictor (Chen & He 2021): image features x [B, D], not of unit norm -> p, z [B, hidden].
+
+    Call it once for each view: batch norm uses the statistics of one view, and those of this rank only, as in the
+    released code. So ssl is the one loss that is not the same for W ranks as for one process with the whole batch.
+    """
 
     def __init__(self, dim, hidden=1024, bottleneck=512):
         super().__init__()
+        # Sizes of the released prototype/model/declip.py. SimSiam's own are 2,048 wide, read the backbone's feature
+        # before CLIP's projection, end in a batch norm without scale and shift, and keep the predictor's learning rate
+        # constant.
         self.projector = nn.Sequential(
             nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
             nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
             nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden))
         self.predictor = nn.Sequential(
-            nn.Linear(hidden, bottleneck), nn.BatchNorm1d(bottleneck), nn.ReLU(inplace=True), nn.Linear(bottleneck, hidden))
+            nn.Linear(hidden, bottleneck), nn.BatchNorm1d(bottleneck), nn.ReLU(inplace=True),
+            nn.Linear(bottleneck, hidden))
 
     def forward(self, x):
         z = self.projector(x)
@@ -236,47 +222,53 @@ class SimSiam(nn.Module):
 
 
 def mask_tokens(tokens, eot, mask_id, vocab, p=.15, generator=None):
-    """BERT's masking (Devlin et al. 2019, section 3.1): each word is chosen with probability p; of those chosen 80 % become
-    mask_id, 10 % a random word, 10 % stay. Released: prototype/model/utils/text_utils/mask_tokens.py.
+    """BERT's masking (Devlin et al. 2019, section 3.1). Each word is chosen with probability p. Of the chosen words
+    80 % become mask_id, 10 % become a random word, and 10 % stay.
 
-    tokens [B, L]: start token, words, end token at eot [B], padding; only words are chosen. Random words are ids below
-    vocab, mask_id and the start token, so that none is an end token. Returns masked [B, L] and labels [B, L]: the
-    original id where chosen, else -100.
+    tokens [B, L]: start token, words, end token at the places eot [B], padding. Only words are chosen. vocab: number of
+    ids. Returns masked [B, L] and labels [B, L]: the original id where a word was chosen, else -100.
     """
     choice, kind, word = torch.rand(3, *tokens.shape, device=tokens.device, generator=generator)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     chosen = (choice < p) & (place > 0) & (place < eot[:, None]) & (tokens != mask_id)
-    limit = tokens[:, :1].clamp(max=min(vocab, mask_id))  # column 0 is the start token
+    # Random words are ids below the start token, which is in column 0. The released code also draws the end token, and
+    # the text is then read at the wrong place.
+    limit = tokens[:, :1].clamp(max=min(vocab, mask_id))
     word = (word * limit).long()
     masked = torch.where(kind < .8, mask_id, torch.where(kind < .9, word, tokens))
     return masked.where(chosen, tokens), tokens.where(chosen, -100)
 
 
 def pack_labels(labels, length):
-    """Where words are masked: labels [B, L] of mask_tokens -> places [M] in the flattened [B, length] (length: of the tokens
-    after cutting) and targets [M], so that the head reads no other positions. Padded with place 0 and target -100, which
-    counts for nothing, to a multiple of B: few shapes. On the host: a device would have to be waited for."""
+    """The places of the masked words, so that the head reads no others: labels [B, L] of mask_tokens -> places [M] in
+    the flattened tokens [B, length], and targets [M]. length: that of the tokens, which may have been cut.
+
+    M is a multiple of B, so that there are few shapes. The padding is place 0 with the target -100, which mlm_loss
+    leaves out. It runs on the host, because M depends on the values: a device would have to be waited for.
+    """
     row, column = (labels != -100).nonzero(as_tuple=True)
     padding = 0, -len(row) % len(labels)
     return F.pad(row * length + column, padding), F.pad(labels[row, column], padding, value=-100)
 
 
 def mlm_loss(logits, targets):
-    """Cross-entropy of logits [M, V] over the targets [M] of all ranks that are not -100; 0 if there is none. At least fp32.
-    The mean over ranks is the mean over all these targets, however unevenly the ranks hold them."""
+    """Mean cross-entropy of logits [M, V] over the targets [M] of all ranks that are not -100; 0 if there are none. At
+    least fp32. The mean over ranks is the mean over all these targets, however unevenly the ranks hold them."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # The released code takes the mean of each rank's mean, which is NaN on a rank without a masked word.
         counts = gather((targets != -100).sum()[None])  # [W]
         return F.cross_entropy(logits, targets, reduction="sum") * len(counts) / counts.sum().clamp(min=1)
 
 
 def eda(caption, rng, synonyms=None):
-    """A caption with one kind of change, each as likely: two words swapped; each word dropped with probability .1; all
-    occurrences of a word replaced by a synonym (Wei & Zou 2019, who also insert words and change a tenth of a caption; released:
-    textaugment with n = 1).
+    """A caption with one change: two words are swapped; or each word is dropped with probability .1; or one word is
+    replaced by a synonym wherever it occurs. The three are equally likely. At least one word is left.
 
-    rng: random.Random. synonyms: {lower-case word: list of synonyms}; without it the first two. One word is left at least.
+    rng: random.Random. synonyms: {lower-case word: list of synonyms}; without it there are only the first two changes.
+    Source: EDA (Wei & Zou 2019), which also inserts words, and changes a tenth of the words instead of one.
     """
+    # The released code takes synonyms from WordNet, with phrases and without stop words; our table has single words.
     words = caption.split()
     change = rng.choice(("swap", "delete", "replace") if synonyms else ("swap", "delete"))
     known = [word for word in dict.fromkeys(map(str.lower, words)) if synonyms and word in synonyms]
@@ -295,14 +287,14 @@ def eda(caption, rng, synonyms=None):
 # encoders: OpenAI's towers under open_clip's parameter names
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU; their weights need it."""
+    """OpenAI's approximation of GELU. Their weights need it; with plain GELU they load all the same and lose points."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with heads of 64, under the parameter names of nn.MultiheadAttention."""
+    """Multi-head self-attention with heads of width 64, under the parameter names of nn.MultiheadAttention."""
 
     def __init__(self, width):
         super().__init__()
@@ -327,7 +319,9 @@ class Block(nn.Module):
         self.attn = Attention(width)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU() if quick_gelu else nn.GELU(), c_proj=nn.Linear(4 * width, width)))
+            c_fc=nn.Linear(width, 4 * width),
+            gelu=QuickGELU() if quick_gelu else nn.GELU(),
+            c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, causal=False):  # [B, L, C]
         x = x + self.attn(self.ln_1(x), causal)
@@ -335,7 +329,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks one after the other; with checkpoint_activations each is recomputed in the backward pass to save memory."""
+    """A stack of blocks. With checkpoint_activations the backward pass computes each block again, to save memory."""
 
     def __init__(self, width, layers, quick_gelu=False):
         super().__init__()
@@ -352,7 +346,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """OpenAI's ViT: patches and a class token through pre-norm blocks; the class token is the picture's feature."""
+    """OpenAI's ViT: a class token and patches go through pre-norm blocks; the class token becomes the image feature."""
 
     def __init__(self, embed_dim, image_size, patch_size, width, layers, quick_gelu=False):
         super().__init__()
@@ -375,7 +369,8 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck whose stride is an average pool in front of a convolution of stride 1, in both branches."""
+    """ResNet bottleneck. In both branches an average pool before a convolution of stride 1 takes the place of a
+    stride."""
 
     def __init__(self, inplanes, planes, stride=1):
         super().__init__()
@@ -384,9 +379,12 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
         nn.init.zeros_(self.bn3.weight)  # every block starts as its shortcut
         self.avgpool = nn.AvgPool2d(stride)
-        self.downsample = nn.Sequential(OrderedDict([
-            ("-1", nn.AvgPool2d(stride)), ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)), ("1", nn.BatchNorm2d(4 * planes))
-        ])) if stride > 1 or inplanes != 4 * planes else nn.Identity()
+        self.downsample = nn.Identity()
+        if stride > 1 or inplanes != 4 * planes:
+            self.downsample = nn.Sequential(OrderedDict([
+                ("-1", nn.AvgPool2d(stride)),
+                ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)),
+                ("1", nn.BatchNorm2d(4 * planes))]))
 
     def forward(self, x):
         out = self.bn1(self.conv1(x)).relu()
@@ -396,7 +394,8 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """One attention step in which the mean of the grid asks and the mean and the grid answer (heads of 64)."""
+    """One attention step with heads of width 64. The query is the mean of the grid; keys and values are mean and
+    grid."""
 
     def __init__(self, grid, width, embed_dim):
         super().__init__()
@@ -416,11 +415,13 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet. Where it has three stem convolutions, a mean pool, average pools for strides and attention at the end, torchvision's
-    has one 7x7, a max pool, strided convolutions and a mean."""
+    """OpenAI's ResNet. It differs from torchvision's in its three stem convolutions, in average pools in place of
+    strides and of the max pool, and in attention as the last pooling."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
+        # batch norms use the statistics of their own rank, as in all released code; they are all that ranks do not
+        # share
         self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
@@ -428,7 +429,8 @@ class ModifiedResNet(nn.Module):
         inplanes = width
         for i, depth in enumerate(layers):
             planes = width * 2 ** i
-            blocks = [Bottleneck(inplanes if j == 0 else 4 * planes, planes, 2 if i > 0 and j == 0 else 1) for j in range(depth)]
+            blocks = [Bottleneck(inplanes, planes, 2 if i > 0 else 1)]
+            blocks += [Bottleneck(4 * planes, planes) for _ in range(depth - 1)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             inplanes = 4 * planes
         self.attnpool = AttentionPool2d(image_size // 32, 32 * width, embed_dim)
@@ -443,13 +445,14 @@ class ModifiedResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The two towers and the temperature. vision_layers: a number for a ViT, four for the stages of a ResNet."""
+    """The two towers and the scale. vision_layers: one number for a ViT, four (one a stage) for a ResNet."""
+    image_tower = VisionTransformer
 
-    def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width, text_layers,
-                 quick_gelu=False):
+    def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width,
+                 text_layers, quick_gelu=False):
         super().__init__()
         if isinstance(vision_layers, int):
-            self.visual = VisionTransformer(embed_dim, image_size, patch_size, vision_width, vision_layers, quick_gelu)
+            self.visual = self.image_tower(embed_dim, image_size, patch_size, vision_width, vision_layers, quick_gelu)
         else:
             self.visual = ModifiedResNet(embed_dim, image_size, vision_width, vision_layers)
         self.transformer = Transformer(text_width, text_layers, quick_gelu)
@@ -457,9 +460,9 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(.01 * torch.randn(context, text_width))
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log of s; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:  # of out_proj and c_proj 2 x layers add up, so each starts smaller by the root
+        for block in self.transformer.resblocks:  # 2 * layers outputs add up, so each starts smaller by the square root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -470,75 +473,53 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def text_tokens(self, tokens):
-        """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. Causal:
-        position j knows nothing of what follows it, so the loader cuts captions after the longest one's end token."""
+        """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. The tower is
+        causal: nothing after the end token matters, so the loader cuts batches after the longest caption."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         return self.ln_final(self.transformer(x, causal=True))
 
     def encode_text(self, tokens, eot=None):
-        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token (eot [B]; the largest id if not given)."""
+        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: its places [B]; by default
+        the place of the largest id. Our tokenizer ends a caption that it cuts with an end token. SLIP's does not, and
+        then every long caption is read at the start token, where all are equal."""
         x = self.text_tokens(tokens)
-        return x[torch.arange(len(x), device=x.device), tokens.argmax(-1) if eot is None else eot] @ self.text_projection
+        eot = tokens.argmax(-1) if eot is None else eot
+        return x[torch.arange(len(x), device=x.device), eot] @ self.text_projection
 
     def forward(self, images, tokens):
-        """Images [B, 3, S, S], tokens [B, L] -> unit image_features [B, D], unit text_features [B, D], logit_scale (the factor)."""
-        image_features, text_features = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-                                         for x in (self.encode_image(images), self.encode_text(tokens)))
+        """Images [B, 3, S, S], tokens [B, L] -> unit image_features [B, D], unit text_features [B, D], the factor s."""
+        x, y = self.encode_image(images), self.encode_text(tokens)
+        image_features, text_features = (
+            F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1) for f in (x, y))
         return image_features, text_features, self.logit_scale.exp()
 
 
-class DeCLIP(CLIP):
-    """CLIP with the two heads; ssl, mlm: whether to build them. The last row of the token embedding is the mask token."""
-
-    def __init__(self, ssl=True, mlm=True, **sizes):
-        super().__init__(**sizes)
-        self.simsiam = SimSiam(sizes["embed_dim"]) if ssl else None
-        self.mlm_head = nn.Linear(sizes["text_width"], sizes["vocab"]) if mlm else None  # not tied to the embedding
-        self.batched_views = isinstance(self.visual, VisionTransformer)  # a ResNet's batch norm would mix the views
-        if self.batched_views:
-            self.visual.conv1.requires_grad_(False)  # stays random, which MoCo v3 found more stable (released: so in every ViT)
-        nn.init.constant_(self.logit_scale, 3.)  # the least that training allows
-
-    def forward(self, images, tokens, eot, places=None):
-        """images [2, B, 3, S, S], tokens [2, B, L] (masked, edited), eot [2, B], places [M] in the flattened masked [B, L]
-        -> unit image_views [2, B, D], unit text_views [2, B, D], logit_scale (the factor), what simsiam_loss takes, logits
-        of the masked words [M, V]; None for a head that was not built."""
-        x = (self.encode_image(images.flatten(0, 1)).unflatten(0, (2, -1)) if self.batched_views else
-             torch.stack([self.encode_image(view) for view in images]))  # [2, B, D]
-        hidden = self.text_tokens(tokens.flatten(0, 1))  # [2B, L, C]
-        y = (hidden[torch.arange(len(hidden), device=hidden.device), eot.flatten()] @ self.text_projection).unflatten(0, (2, -1))
-        image_views, text_views = (F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1) for f in (x, y))
-        ssl = mlm = None
-        if self.simsiam:
-            (p1, z1), (p2, z2) = self.simsiam(x[0]), self.simsiam(x[1])
-            ssl = p1, p2, z1, z2
-        if self.mlm_head:
-            mlm = self.mlm_head(hidden[:tokens.shape[1]].flatten(0, 1)[places])
-        return image_views, text_views, self.logit_scale.exp(), ssl, mlm
-
-
-ENCODERS = "visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale"
-MODELS = {  # sizes from OpenAI and open_clip; 224 pixels and 12 text layers where nothing else is said
+MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 text layers where nothing else is said
     "ViT-B-32": dict(embed_dim=512, patch_size=32, vision_width=768, vision_layers=12, text_width=512),
     "ViT-B-16": dict(embed_dim=512, patch_size=16, vision_width=768, vision_layers=12, text_width=512),
     "ViT-S-16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_layers=12, text_width=384),
     "RN50": dict(embed_dim=1024, patch_size=None, vision_width=64, vision_layers=(3, 4, 6, 3), text_width=512),
-    "tiny": dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=4, text_width=128, text_layers=4),  # ours
+    "tiny": dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=4, text_width=128,
+                 text_layers=4),
+    "tiny-4": dict(embed_dim=128, image_size=32, patch_size=4, vision_width=128, vision_layers=4, text_width=128,
+                   text_layers=4),  # 64 patches, where tiny has 16
 }
 
 
 def build(source, cls=CLIP, **overrides):
-    """A model of class cls, either new (source: a name in MODELS) or from weights (source: a state dict, whose shapes say the
-    sizes). overrides: keyword arguments of cls that replace or complete the sizes; a state dict does not tell quick_gelu."""
+    """A model of class cls. source is a name in MODELS for a new model, or a state dict, whose shapes say the sizes.
+    overrides: keyword arguments of cls that replace or complete the sizes. A state dict does not tell quick_gelu."""
     if isinstance(source, str):
-        return cls(**{"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source], **overrides})
+        sizes = {"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source]}
+        return cls(**{**sizes, **overrides})
 
     def depth(prefix):
         return len({key[len(prefix):].split(".")[0] for key in source if key.startswith(prefix)})
 
     conv, positions = source["visual.conv1.weight"], source["positional_embedding"]
-    sizes = dict(embed_dim=source["text_projection"].shape[1], context=len(positions), vocab=len(source["token_embedding.weight"]),
-                 text_width=positions.shape[1], text_layers=depth("transformer.resblocks."))
+    sizes = dict(
+        embed_dim=source["text_projection"].shape[1], context=len(positions), text_width=positions.shape[1],
+        vocab=len(source["token_embedding.weight"]), text_layers=depth("transformer.resblocks."))
     if "visual.proj" in source:
         grid = math.isqrt(len(source["visual.positional_embedding"]) - 1)
         sizes |= dict(patch_size=conv.shape[-1], image_size=grid * conv.shape[-1], vision_width=len(conv),
@@ -552,169 +533,305 @@ def build(source, cls=CLIP, **overrides):
     return model
 
 
+class DeCLIP(CLIP):
+    """CLIP with two heads. ssl, mlm: whether to build the head of that loss. The token embedding has one more row than
+    CLIP's, the last: the mask token."""
+
+    def __init__(self, ssl=True, mlm=True, **sizes):
+        super().__init__(**sizes)
+        self.simsiam = SimSiam(sizes["embed_dim"]) if ssl else None
+        self.mlm_head = nn.Linear(sizes["text_width"], sizes["vocab"]) if mlm else None  # not tied to the embedding
+        if isinstance(self.visual, VisionTransformer):
+            # The patch embedding stays random, as in the released code. MoCo v3 found this more stable.
+            self.visual.conv1.requires_grad_(False)
+        nn.init.constant_(self.logit_scale, 3.)  # s = 20.1; released: 14.3, but only in the first step
+
+    def forward(self, images, tokens, eot, places=None):
+        """images [2, B, 3, S, S], tokens [2, B, L] (masked, edited), eot [2, B] (the end tokens' places), places [M] of
+        masked words in the flattened masked tokens [B, L] -> unit image_views [2, B, D], unit text_views [2, B, D], the
+        factor s, the four arguments of simsiam_loss, logits [M, V]. The last two are None without their head."""
+        if isinstance(self.visual, VisionTransformer):
+            x = self.encode_image(images.flatten(0, 1)).unflatten(0, (2, -1))  # [2, B, D]
+        else:  # one view at a time, because batch norm would mix them
+            x = torch.stack([self.encode_image(view) for view in images])
+        hidden = self.text_tokens(tokens.flatten(0, 1))  # [2B, L, C]
+        y = hidden[torch.arange(len(hidden), device=hidden.device), eot.flatten()] @ self.text_projection
+        y = y.unflatten(0, (2, -1))  # [2, B, D]
+        image_views, text_views = (
+            F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1) for f in (x, y))
+        siamese = logits = None
+        if self.simsiam:
+            (p1, z1), (p2, z2) = self.simsiam(x[0]), self.simsiam(x[1])
+            siamese = p1, p2, z1, z2
+        if self.mlm_head:
+            # The tower is causal, so a masked word is guessed from the words to its left, as in the released code. That
+            # code computes logits at all 77 places, a quarter of CLIP's FLOPs; the loss reads only these.
+            logits = self.mlm_head(hidden[:tokens.shape[1]].flatten(0, 1)[places])
+        return image_views, text_views, self.logit_scale.exp(), siamese, logits
+
+
 # views and picture
 
-AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; none colours
-    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
+AUGMENT = {  # share of a picture's area that a crop keeps; colours: jitter is (probability, brightness, contrast,
+    # saturation, hue), the others are probabilities
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip has (.9, 1); none changes colours
+    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2's
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
-    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: it maps crops
 }
 
 
 def read_synonyms(path):
-    """{word: list of synonyms} of a text file of lines word<TAB>synonym,synonym; SystemExit if it is none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            rows = [line.rstrip("\n").split("\t") for line in file if line.strip()]
-        return {word.lower(): synonyms.split(",") for word, synonyms in rows}
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--synonyms {path} is no file of lines word<TAB>synonym,synonym ({error})") from None
+    """{lower-case word: list of synonyms} of a text file with a line word<TAB>synonym,synonym for each word. SystemExit
+    if it is none. tests/RESULTS.md says how to make one from WordNet."""
+    table = {}
+    for number, line in enumerate(data.read_lines(path, "--synonyms"), 1):
+        word, _, rest = line.partition("\t")
+        synonyms = [synonym.strip() for synonym in rest.split(",") if synonym.strip()]
+        if word.strip() and synonyms and "\t" not in rest:
+            table[word.strip().lower()] = synonyms
+        elif line.strip():
+            raise SystemExit(f"--synonyms {path}: line {number} is not word<TAB>synonym,synonym")
+    return table
 
 
 def declip_views(image, caption, rng, tokenizer, size, augment, p, synonyms):
-    """One sample in the worker: image bytes and a caption -> two crops, uint8 [2, 3, S, S], their colour parameters [2, 8],
-    tokens [2, L] of the masked (p: share of the words) and the edited caption, their end tokens' places eot [2], and the
-    labels [L] of the masked words. The places are found before masking: the mask token has the largest id."""
+    """One sample, made in a worker: image bytes and a caption -> dict of two crops images, uint8 [2, 3, S, S], their
+    colour parameters colors [2, 8] (where the augmentation changes colours), tokens [2, L] of the masked and the edited
+    caption, the places eot [2] of their end tokens, and labels [L] of the masked words. p: share of words to mask."""
     area, colors = AUGMENT[augment]
     tokens = tokenizer([caption, eda(caption, rng, synonyms)])
-    eot = tokens.argmax(-1)
+    eot = tokens.argmax(-1)  # found before masking, because the mask token has the largest id
+    # The paper contrasts the clean caption with the picture; its released code, and we, the masked one.
     masked, labels = mask_tokens(tokens[:1], eot[:1], tokenizer.vocab_size, tokenizer.sot, p,
                                  torch.Generator().manual_seed(rng.getrandbits(63)))
-    sample = {"images": torch.stack([data.random_resized_crop(image, size, area, rng) for _ in range(2)]),
+    sample = {"images": data.random_resized_crops(image, size, area, rng, 2),
               "tokens": torch.cat([masked, tokens[1:]]), "eot": eot, "labels": labels[0]}
-    return sample | {"colors": torch.stack([data.color_params(rng, **colors) for _ in range(2)])} if colors else sample
+    if colors:
+        sample["colors"] = torch.stack([data.color_params(rng, **colors) for _ in range(2)])
+    return sample
+
+
+def declip_collate(samples):
+    """The batch of data.collate, in which the places [M] and targets [M] of pack_labels stand for the labels [B, L]."""
+    batch = data.collate(samples)
+    batch["places"], batch["targets"] = pack_labels(batch.pop("labels"), batch["tokens"].shape[-1])
+    return batch
 
 
 def neighbor_picture(path, model, tokenizer, dataset, queue, count=8):
-    """Writes both crops of a few samples, one over the masked and one over the edited caption, and under each ("->") the
-    caption whose row in the queue is nearest: what the picture is taught to match by nearest_neighbor_loss."""
+    """Writes both crops of a few samples. Under the first stands the masked caption, under the second the edited one,
+    and after "->" the caption in the queue that is nearest to it: what nearest_neighbor_loss makes the crops match."""
     device = model.logit_scale.device
-    samples = data.default_collate([dataset[i, 0] for i in range(0, len(dataset), max(1, len(dataset) // count))][:count])
-    images, tokens, eot = (samples[name].to(device).flatten(0, 1) for name in ("images", "tokens", "eot"))  # [2 count, ...]
-    if "colors" in samples:
-        images = (data.augment(images, samples["colors"].to(device).flatten(0, 1)) * 255).byte()
-    blank, = tokenizer.encode("_")  # for the mask token, which the tokenizer does not know
-    lines = [tokenizer.decode([i if i < tokenizer.vocab_size else blank for i in row[1:end]])
-             for row, end in zip(tokens.tolist(), eot.tolist())]
+    places = range(0, len(dataset), max(1, len(dataset) // count))[:count]
+    batch = data.collate([dataset[i, 0] for i in places])
+    images, tokens, eot = (batch[name].to(device).flatten(0, 1) for name in ("images", "tokens", "eot"))
+    if "colors" in batch:
+        images = (data.augment(images, batch["colors"].to(device).flatten(0, 1)) * 255).byte()
+    blank = tokenizer.encode("_")[0]  # shown for the mask token, which the tokenizer does not know
+    lines = []
+    for row, end in zip(tokens.tolist(), eot.tolist()):
+        lines.append(tokenizer.decode([i if i < tokenizer.vocab_size else blank for i in row[1:end]]))
     if queue:
         with torch.inference_mode():
-            found = queue.samples[queue.search(F.normalize(model.encode_text(tokens, eot).float(), dim=-1))].tolist()
-        own = samples["index"].repeat_interleave(2).tolist()
-        lines = [f"{line}\n-> {'random' if i < 0 else dataset.captions(i)[0]}" + " (its own)" * (i == j)
-                 for line, i, j in zip(lines, found, own)]
+            text_features = F.normalize(model.encode_text(tokens, eot).float(), dim=-1)
+            found = queue.samples[queue.search(text_features)].tolist()
+        for n, (i, own) in enumerate(zip(found, batch["index"].repeat_interleave(2).tolist())):
+            neighbor = dataset.captions(i)[0] if i >= 0 else "a random row"
+            lines[n] += f"\n-> {neighbor}" + (" (its own)" if i == own else "")
     data.grid(list(images), lines, path)
 
 
-# training: schedule, parameter groups, checkpoints
-
-def lr_at(step, total, warmup, lr, start=0., end=0.):
-    """Learning rate of step 0 .. total-1: linear to lr over the warmup steps, then half a cosine down to end. From 0 the first
-    step already takes lr / warmup (open_clip); from a start > 0 both ends of the line are included (SLIP, DeCLIP)."""
-    if step < warmup:
-        return start + (lr - start) * (step / max(1, warmup - 1) if start else (step + 1) / warmup)
-    return end + (lr - end) * .5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay (token table too, and positions, which newer
-    open_clip spares); vectors and scalars (biases, norms, class token, logit_scale) and names that start with one of no_decay do not."""
-    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[parameter.ndim < 2 or name.startswith(tuple(no_decay))]["params"].append(parameter)
-    return groups
-
-
-def save_checkpoint(path, **state):
-    """Writes state (tensors and plain Python values only) in one move, so that a kill leaves the old file or the new one."""
-    try:
-        torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise SystemExit(f"{path} cannot be written: {error}") from None
-
-
-def load_checkpoint(path):
-    """The state that save_checkpoint wrote, on the CPU. SystemExit with a sentence if the file is cut off or foreign."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["script"], state["model"], state["tested"], state["pairs"]
-    except Exception as error:
-        raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin anew with "
-                         "--restart, or choose another --out") from None
-    return state
-
-
-def load_clip_state(path, quick_gelu=None, merges=None):
-    """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
-    dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it is ours and was trained with another activation than quick_gelu or with other merges of the
-    tokenizer (None: not compared)."""
-    try:
-        if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
-            content = bytearray(Path(path).read_bytes())
-            start = 8 + int.from_bytes(content[:8], "little")
-            header = {key: entry for key, entry in json.loads(content[8:start]).items() if key != "__metadata__"}
-            kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-            state = {key: torch.frombuffer(content, dtype=kinds[entry["dtype"]], count=math.prod(entry["shape"]),
-                                           offset=start + entry["data_offsets"][0]).view(entry["shape"]) for key, entry in header.items()}
-        else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-        script, activation, words = state.get("script"), state.get("sizes", {}).get("quick_gelu"), state.get("merges")
-        state = state.get("model", state.get("state_dict", state))
-        wrapped = re.compile(r"((module|text|_image_encoder|_text_encoder|_logit_scale)\.)*")  # by DDP, open_clip, TinyCLIP
-        state = {key[wrapped.match(key).end():]: value.float() if value.is_floating_point() else value for key, value in state.items()}
-        state["text_projection"], state["visual.conv1.weight"]
-        if script == "declip":  # its last token is the mask
-            state["token_embedding.weight"] = state["token_embedding.weight"][:-1]
-    except Exception as error:
-        raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
-    if None not in (activation, quick_gelu) and activation != quick_gelu:
-        raise SystemExit(f"{path} was trained with{'out' * quick_gelu} --quick-gelu: {'leave it out' if quick_gelu else 'give it'}")
-    if None not in (words, merges) and words != merges:
-        raise SystemExit(f"{path} was trained with other merges of the tokenizer: see --bpe")
-    return {key: value for key, value in state.items() if key.split(".")[0] in ENCODERS}
-
-
-def init_distributed():
-    """rank, world size and device of this process, from the environment that torchrun sets; 0, 1 without it."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if world > 1 and not dist.is_initialized():
-        store, *_ = next(dist.rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still has what a crashed attempt left in it
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    return rank, world, device
-
-
-# recipes and flags
-
-RECIPES = {  # batch size is global, warm-up in steps
-    # ours: one epoch, since it has the views of two (32 % of the unseen kinds are named, 27 % after two: one seed); crops alone,
-    # since the captions name colours
-    "toy": dict(model="tiny", batch_size=128, epochs=1, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy"),
-    "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="declip"),  # ours
-    # the optimiser of clip.py, so that the two compare; 32 epochs as in the paper's ablation on CC3M (RN50: 20.6 -> 27.2), whose
-    # batch and other values are not in the code
+RECIPES = {  # batch size of all ranks together, warm-up in steps; percentages are zero-shot ImageNet
+    # toy and small are ours; one epoch of toy, because it has the views of two; no colours, because its captions name
+    # them
+    "toy": dict(
+        model="tiny", batch_size=128, epochs=1, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy"),
+    "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="declip"),
+    # The optimizer's values are clip.py's, so that the two compare. 32 epochs are those of the paper's ablation (RN50,
+    # from CLIP's 20.6 % to 27.2 %). Its batch size and other values are not published.
     "cc3m": dict(model="RN50", batch_size=1024, epochs=32, lr=1e-3, warmup=2000, weight_decay=.1, augment="declip"),
-    # no source trains on it: the values of yfcc15m
-    "cc12m": dict(model="ViT-B-32", batch_size=4096, epochs=32, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),
-    # all released (in fp32, lr from 1e-4): 128,001 steps (34 epochs, called 32), 43.2 % with ViT-B-32, 44.4 % with RN50. The paper's runs
-    # on 88 M pairs: batch 10,240, SGD for RN50 and for the text tower, AdamW for the ViT
-    "yfcc15m": dict(model="ViT-B-32", batch_size=4096, epochs=34, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),
+    # The authors do not train on cc12m: these are the values of yfcc15m.
+    "cc12m": dict(
+        model="ViT-B-32", batch_size=4096, epochs=32, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),
+    # All values are released: 43.2 % with ViT-B-32, 44.4 % with RN50, in fp32, 128,001 steps, which are 34 epochs and
+    # are called 32. On 88 M pairs the paper has batch 10,240, SGD for RN50 and for the text tower, AdamW for the ViT.
+    "yfcc15m": dict(
+        model="ViT-B-32", batch_size=4096, epochs=34, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),
 }
 
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = init_distributed()
+
+    # data
+    dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
+    steps = fill_in(args, dataset, world, device)  # of an epoch
+    total = steps * args.epochs
+    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
+    if args.w_ssl and args.batch_size < 2 * world:
+        raise SystemExit("--batch-size must be at least 2 a rank, because SimSiam's batch norm needs two rows; or give "
+                         "--w-ssl 0")
+    args.queue = min(args.queue, max(1, len(dataset) // 2))  # a longer one would hold each caption many times
+    synonyms = read_synonyms(args.synonyms) if args.synonyms else None
+    tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
+    preprocess = data.Preprocess(args.image_size)
+    dataset.transform = partial(declip_views, tokenizer=tokenizer, size=args.image_size, augment=args.augment,
+                                p=.15 if args.w_mlm else 0., synonyms=synonyms)
+    batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
+    loader = data.loader(dataset, batches, args.workers, device)
+    loader.collate_fn = declip_collate
+
+    # model
+    torch.manual_seed(args.seed)
+    sizes = dict(quick_gelu=args.quick_gelu, ssl=bool(args.w_ssl), mlm=bool(args.w_mlm))  # what the weights do not tell
+    model = build(args.model, DeCLIP, image_size=args.image_size, vocab=tokenizer.vocab_size + 1,
+                  context=tokenizer.context, **sizes).to(device)
+    queue = FeatureQueue(args.queue, model.text_projection.shape[1]).to(device) if args.w_nns else None
+    about = describe(args, dataset, tokenizer, preprocess, sizes)
+    saved = find_run(args, about, device)
+    if args.init and not saved:
+        state = evaluator.load_clip_state(args.init, args.quick_gelu, about["merges"])
+        table = state["token_embedding.weight"]
+        state["token_embedding.weight"] = torch.cat([table, table.mean(0, keepdim=True)])  # the mask token starts there
+        load_towers(model, state, args)
+    for module in model.modules():
+        if hasattr(module, "checkpoint_activations"):
+            module.checkpoint_activations = args.checkpoint_activations
+    if isinstance(model.visual, ModifiedResNet):
+        model.visual.to(memory_format=torch.channels_last)
+    # OpenAI's values for ViTs, here for all towers; for ResNets OpenAI has betas (.9, .999) and eps 1e-8
+    optimizer = torch.optim.AdamW(
+        param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    meter = Meter(args.out, args.batch_size, device)
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)  # what is saved
+    if args.w_nns:
+        parts["queue"] = queue
+    step, tested, best = 0, 0, -1.
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"])
+        step, tested, best = saved["step"], saved["tested"], saved["best"]
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
+        model.compile()
+    parallel = model if world == 1 else DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    # bf16 has fp32's range and needs no loss scaling; fp16 does, and large ViTs have diverged in it
+    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
+    if rank == 0:
+        start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
+        print("edited captions: words are swapped, dropped or replaced by synonyms" if synonyms else
+              "edited captions: words are swapped or dropped; --synonyms would also replace some")
+    saved = None  # gigabytes that nobody needs any more
+
+    def save(name):
+        if rank == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(Path(args.out, name), **about, **states, step=step, tested=tested, best=best,
+                            rng=torch.get_rng_state())
+
+    def evaluate():
+        """After an epoch whose tests are due, or at the start of a run that was killed before them."""
+        nonlocal tested, best
+        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
+            return
+        tests = args.eval.split(",") if args.eval else []
+        results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
+        if rank == 0:
+            neighbor_picture(Path(args.out, "neighbors.png"), model, tokenizer, dataset, queue)
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            write_log(args.out, step=step, eval=results)
+        tested = step
+        scores = [result[result["metric"]] for result in results.values()]
+        if scores and scores[0] > best:  # by the first test
+            best = scores[0]
+            save("best.pt")
+        save("last.pt")
+
+    # training
+    with catch_sigterm() as stop:
+        evaluate()
+        bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
+        meter.clear(step)
+        for epoch in range(step // steps, args.epochs):
+            batches.epoch, batches.start = epoch, step % steps
+            for batch in meter.watch(loader):
+                images, tokens, eot = (batch[name].to(device, non_blocking=True).transpose(0, 1)  # [2, B, ...]
+                                       for name in ("images", "tokens", "eot"))
+                places, targets, index = (batch[name].to(device, non_blocking=True)
+                                          for name in ("places", "targets", "index"))
+                if "colors" in batch:
+                    colors = batch["colors"].to(device, non_blocking=True).transpose(0, 1)
+                    images = data.augment(images.flatten(0, 1), colors.flatten(0, 1)).unflatten(0, (2, -1))
+                statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    image_views, text_views, logit_scale, siamese, logits = parallel(
+                        preprocess.normalize(images), tokens, eot, places)
+                clip = multi_view_clip_loss(image_views, text_views, logit_scale)
+                nns = ssl = mlm = own = torch.zeros((), device=device)
+                if args.w_nns:
+                    found = queue.search(text_views.flatten(0, 1))  # [2B]
+                    neighbors = queue.rows[found].unflatten(0, (2, -1))  # [2, B, D]
+                    nns = nearest_neighbor_loss(image_views, neighbors, logit_scale)
+                    # the share of captions that find themselves, from an epoch before: they teach nothing new; if it
+                    # grows, --queue is too long
+                    own = (queue.samples[found] == index.repeat(2)).float().mean()
+                if args.w_ssl:
+                    ssl = simsiam_loss(*siamese)
+                if args.w_mlm:
+                    mlm = mlm_loss(logits, targets)
+                loss = args.w_clip * clip + args.w_nns * nns + args.w_ssl * ssl + args.w_mlm * mlm
+                losses = {"loss": loss, "clip": clip, "nns": nns, "ssl": ssl, "mlm": mlm, "own_neighbors": own}
+
+                # the step; where the gradient, which DDP has averaged over the ranks, is not finite, nothing changes
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(step, total, args.warmup, args.lr, start=args.lr / 10)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()
+                optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW skip the step without asking the host
+                optimizer.step()
+                scaler.update()
+                with torch.no_grad():
+                    for buffer, before in zip(model.buffers(), statistics):
+                        buffer.copy_(buffer.where(good, before))
+                    # Released: [3, 6], and the loss of s = 100 for a larger s, but the gradient of the larger s.
+                    model.logit_scale.clamp_(3, math.log(100))  # not its exp: clamped, it has no gradient
+                if args.w_nns:
+                    for view in (1, 0):  # edited, then masked captions, as in the released code
+                        queue.enqueue(text_views[view], index, good)
+                step += 1
+
+                # only here the host waits for the device
+                meter.add(good, losses)
+                if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
+                    row, stopped = meter.row(step, stop)
+                    if rank == 0:
+                        row |= dict(lr=group["lr"], logit_scale=logit_scale.item())
+                        write_log(args.out, step=step, epoch=epoch, **row)
+                    bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}, {row['pairs_per_second']:.0f} pairs/s")
+                    bar.update(step - bar.n)
+                    if stopped:
+                        save("last.pt")
+                        leave(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
+                if step % 1000 == 0 and step % steps:
+                    save("last.pt")
+            save("last.pt")  # before the tests, which take their time
+            evaluate()
+            meter.clear(step)
+    bar.close()
+    if rank == 0:
+        print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+# the run: flags, schedule, parameter groups, resume, log, checkpoints, process group
 
 def positive(text):
     """argparse's type for the whole numbers from 1."""
@@ -724,280 +841,298 @@ def positive(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="A flag not given takes the value of the recipe.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="A flag that is not given takes the value of the recipe.")
     add = parser.add_argument
-    add("--data", default="toy", help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
-    add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default $CLIP_DATA or ./datasets)")
-    add("--recipe", choices=RECIPES, help="default: by the name of --data; for a path small under 100,000 pairs, else cc3m")
+    add("--data", default="toy",
+        help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
+    add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default: $CLIP_DATA or ./datasets)")
+    add("--recipe", choices=RECIPES, help="default: the name of --data; else small (under 100,000 pairs) or cc3m")
     add("--model", choices=MODELS)
     add("--image-size", type=positive, help="side of the pictures in pixels (default: the model's)")
-    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that were trained with it")
+    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that know it")
     add("--batch-size", type=positive, help="pairs a step, all ranks together")
     add("--epochs", type=positive)
     add("--lr", type=float)
     add("--warmup", type=int, help="steps")
     add("--weight-decay", type=float)
     add("--augment", choices=AUGMENT, help="the image augmentation of that method")
-    add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU that has it, fp16 on others, off on the CPU")
-    add("--eval", help="comma list of test sets: toy, folders, names that eval.py knows")
-    add("--eval-every", type=positive, default=1, help="epochs")
+    add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 or else fp16 on a GPU, off on a CPU")
+    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is the best by the first")
+    add("--eval-every", type=positive, help="epochs (default: 1)")
     add("--init", help="start from these weights: a checkpoint of ours, OpenAI's or open_clip's")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpoint-activations", action="store_true", help="transformers keep less and compute a third more")
+    add("--checkpoint-activations", action="store_true", help="towers keep less and compute a third more")
     add("--workers", type=int, help="processes a rank that read data (default: its share of the cores; none for toy)")
     add("--seed", type=int, default=0)
     add("--limit", type=positive, help="only the first N pairs")
-    add("--subset", help="only the pairs whose keys stand in this file, one a line")
+    add("--subset", help="only pairs whose keys are in this file, one a line; after a tab, another caption")
     add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
     add("--log-every", type=positive, default=20, help="steps")
-    add("--out", help="default runs/<script>-<data>; a run that finds its own checkpoint there resumes")
+    add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("DeCLIP").add_argument
-    add("--w-clip", type=float, default=.4, help="weight of the contrast over all views (default: %(default)s)")
-    add("--w-nn", type=float, default=.2, help="of the nearest neighbours; 0 takes a part out (default: %(default)s)")
+    # These are the weights of the released code, where each of the four pairs has .1. The paper's sum has .4 for the
+    # pair of the originals and .2 for the other three pairs together.
+    add("--w-clip", type=float, default=.4, help="weight of clip, the contrast of all views (default: %(default)s)")
+    add("--w-nns", type=float, default=.2, help="of the nearest neighbours; 0 leaves a loss out (default: %(default)s)")
     add("--w-ssl", type=float, default=.2, help="of SimSiam (default: %(default)s)")
     add("--w-mlm", type=float, default=.2, help="of the masked words (default: %(default)s)")
-    add("--queue", type=positive, default=65536, help="rows of the queue, two a pair; at most half the pairs (default: %(default)s)")
-    add("--synonyms", help="file of lines word<TAB>synonym,synonym for the edited captions (default: swaps and deletions alone)")
+    add("--queue", type=positive, default=65536,
+        help="rows of the queue, two a pair, at most half as many as pairs (default: %(default)s, 8 batches of 4,096)")
+    add("--synonyms", help="file of lines word<TAB>synonym,synonym for the edited captions (default: none is replaced)")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device = init_distributed()
-
-    # data and settings
-    dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
-    args.recipe = args.recipe or (args.data if args.data in RECIPES else "small" if len(dataset) < 100_000 else "cc3m")
+def fill_in(args, dataset, world, device):
+    """Gives every flag that was not given its value, from the recipe, the model and the machine. Returns the steps of
+    an epoch. SystemExit where the values do not fit together."""
+    if not args.recipe and args.data in RECIPES:
+        args.recipe = args.data
+    elif not args.recipe and isinstance(dataset, data.ToyDataset):
+        args.recipe = "toy"
+    elif not args.recipe:
+        args.recipe = "small" if len(dataset) < 100_000 else "cc3m"
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
-    args.amp = args.amp or ("off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
-    args.out = args.out or f"runs/{Path(__file__).stem}-{Path(args.data).stem or 'data'}"
+    args.eval_every = args.eval_every or 1
+    if not args.amp and device.type == "cpu":
+        args.amp = "off"
+    elif not args.amp:
+        args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.out = args.out or f"runs/{Path(__file__).stem}-{data.run_name(args.data)}"
     if args.workers is None:
-        args.workers = 0 if args.data == "toy" else min(12, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    args.queue = min(args.queue, len(dataset) // 2)
-    synonyms = read_synonyms(args.synonyms) if args.synonyms else None
+        args.workers = data.default_workers(args.data, device)
     if min(args.lr, args.warmup, args.weight_decay, args.workers, args.seed) < 0:
         raise SystemExit("--lr, --warmup, --weight-decay, --workers and --seed cannot be negative")
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks")
-    batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
-    steps = len(batches)  # of an epoch
-    total = steps * args.epochs
-    if not steps or args.warmup >= total:
-        raise SystemExit(f"{len(dataset)} pairs make {total} steps in {args.epochs} epochs of batches of {args.batch_size}: too few "
-                         f"for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
-
-    # resume
-    out = Path(args.out)
-    restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not after each crash under torchrun
-    saved = load_checkpoint(out / "last.pt") if (out / "last.pt").exists() and not restart else None
-    if saved:
-        changed = [f"{len(dataset)} pairs (was {saved['pairs']})"] * (saved["pairs"] != len(dataset))
-        changed += [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})" for name, value in vars(args).items()
-                    if name not in ("epochs", "workers", "out", "restart") and value != saved["flags"].get(name)]
-        if saved["script"] != Path(__file__).stem or changed:
-            raise SystemExit(f"{out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; give the same ones "
-                             "to resume it, another --out, or --restart to begin anew")
-
-    # model
-    torch.manual_seed(args.seed)
-    tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
-    merges = "\n".join(map(" ".join, tokenizer.merges))
-    if saved and saved["merges"] != merges:
-        raise SystemExit(f"{out} holds a run with other merges of the tokenizer; choose another --out, or --restart to begin anew")
-    preprocess = data.Preprocess(args.image_size)
-    dataset.transform = partial(declip_views, tokenizer=tokenizer, size=args.image_size, augment=args.augment,
-                                p=.15 if args.w_mlm else 0., synonyms=synonyms)
-    loader = data.loader(dataset, batches, args.workers, device)
-    sizes = dict(image_size=args.image_size, vocab=tokenizer.vocab_size + 1, context=tokenizer.context, quick_gelu=args.quick_gelu)
-    heads = dict(ssl=bool(args.w_ssl), mlm=bool(args.w_mlm))
-    model = build(args.model, DeCLIP, **sizes, **heads).to(device)
-    queue = FeatureQueue(args.queue, model.text_projection.shape[1], device) if args.w_nn else None
-    if args.init and not saved:
-        state = load_clip_state(args.init, args.quick_gelu, merges)
-        mask = model.token_embedding.weight[-1:].detach().cpu()  # towers have none
-        state["token_embedding.weight"] = torch.cat([state["token_embedding.weight"], mask])
-        if {key: value.shape for key, value in state.items()} != {
-                key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in ENCODERS}:
-            raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and {tokenizer.vocab_size} tokens")
-        model.load_state_dict(state, strict=False)
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            module.checkpoint_activations = args.checkpoint_activations
-    if args.model == "RN50":
-        model.visual.to(memory_format=torch.channels_last)
-    # OpenAI's for ViTs, here for all towers; OpenAI's for ResNets: (.9, .999), 1e-8
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step, tested, best, failed, bad = 0, 0, -1., 0, 0
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        if queue:
-            vars(queue).update({name: value.to(device) for name, value in saved["queue"].items()})
-        step, tested, best, failed, bad = (saved[name] for name in ("step", "tested", "best", "failed", "bad"))
-    everywhere = gather(torch.tensor([[step, tested, len(dataset)]], device=device))  # [W, 3]
-    if (everywhere != everywhere[0]).any():
-        raise SystemExit(f"ranks disagree on (step, tested step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
-        model.compile()
-    parallel = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-
-    # what the run leaves behind
-    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-    tests = args.eval.split(",") if args.eval else []
-    for test in tests:
+    steps = len(dataset) // args.batch_size
+    if args.warmup >= steps * args.epochs:
+        raise SystemExit(
+            f"{len(dataset)} pairs make {steps * args.epochs} steps in {args.epochs} epochs of batches of "
+            f"{args.batch_size}: too few for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+    for test in args.eval.split(",") if args.eval else ():
         evaluator.open_test(test, root=args.data_root)  # a wrong name should not cost an epoch
-    if rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for name in ("last.pt", "best.pt") if args.restart and not saved else ():
-                (out / name).unlink(missing_ok=True)  # of the run before
-            rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
-            rows = [row for row in rows
-                    if row.endswith("}\n") and json.loads(row).get("step", 0) <= (tested if '"eval"' in row else step)]
-            (out / "log.tmp").write_text("".join(rows))
-            os.replace(out / "log.tmp", out / "log.jsonl")
-        except OSError as error:
-            raise SystemExit(f"--out {out}: {error.strerror}") from None
-        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-                       if value not in (None, "") and value is not False))
-        print("edited captions: words are swapped or dropped" + (f" or replaced, table of {len(synonyms)}" if synonyms else ""))
-        print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {total} steps on {world} x {device.type}, "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters" + (f", resumed at step {step}" if saved else ""))
-    saved = None  # gigabytes, of no more use
+    return steps
 
-    def log(**row):
-        if rank == 0:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
 
-    def save(name):
-        if rank == 0:
-            save_checkpoint(out / name, script=Path(__file__).stem, step=step, tested=tested, best=best, failed=failed, bad=bad,
-                            flags=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                            rng=torch.get_rng_state(), sizes=dict(quick_gelu=args.quick_gelu, **heads), preprocess=vars(preprocess),
-                            queue=queue and vars(queue),
-                            pairs=len(dataset), merges=merges, context=tokenizer.context)
+def lr_at(step, total, warmup, lr, start=0., end=0.):
+    """Learning rate of step 0 .. total-1: a line up to lr over the warmup steps, then half a cosine down to end. With
+    start 0 the first step has lr / warmup, as in open_clip. With start > 0 the line begins at start and reaches lr in
+    the last warm-up step, as in SLIP and DeCLIP."""
+    if step < warmup and start:
+        return start + (lr - start) * (step / max(1, warmup - 1))
+    if step < warmup:
+        return lr * ((step + 1) / warmup)
+    return end + (lr - end) * .5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
-    def evaluate():
-        """After an epoch whose tests are due, or in a run that was killed before them."""
-        nonlocal tested, best
-        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
-            return
-        results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root) if tests else {}
-        if rank == 0:
-            neighbor_picture(out / "neighbors.png", model, tokenizer, dataset, queue)
-            tqdm.write(f"step {step}: {evaluator.summary(results)}" if tests else f"step {step} of {total}")
-        tested = step
-        log(eval=results)
-        score = sum(r[r["metric"]] for r in results.values())
-        if tests and score > best:
-            best = score
-            save("best.pt")
-        save("last.pt")
 
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+def param_groups(model, weight_decay, no_decay=()):
+    """Two AdamW groups of the trainable parameters. Matrices decay, the token table and positions too (newer open_clip
+    spares positions). Vectors and scalars do not, nor do names that start with one of no_decay."""
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.ndim >= 2 and not name.startswith(tuple(no_decay)):
+            groups[0]["params"].append(parameter)
+        elif parameter.requires_grad:
+            groups[1]["params"].append(parameter)
+    return groups
 
-    # training
-    evaluate()
-    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
-    logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()  # since the last log line
-    streak = torch.zeros((), device=device)  # bad steps, one after the other
-    for epoch in range(step // steps, args.epochs):
-        batches.epoch, batches.start, tick = epoch, step % steps, time.perf_counter()
+
+def load_towers(model, state, args):
+    """Loads the towers' weights of load_clip_state into a model that may have more. SystemExit if the shapes differ."""
+    own = {key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in evaluator.ENCODERS}
+    if {key: value.shape for key, value in state.items()} != own:
+        raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and "
+                         f"{len(model.token_embedding.weight)} tokens")
+    model.load_state_dict(state, strict=False)
+
+
+def describe(args, dataset, tokenizer, preprocess, sizes):
+    """What a checkpoint says beside its states: enough to use the model, and to know whether a run may go on from
+    it."""
+    merges = "\n".join(map(" ".join, tokenizer.merges))
+    return dict(script=Path(__file__).stem, flags=vars(args), data=data.fingerprint(dataset), sizes=sizes,
+                preprocess=vars(preprocess), merges=merges, context=tokenizer.context)
+
+
+def find_run(args, about, device):
+    """The checkpoint in --out from which this run goes on, or None. about: what describe returns. SystemExit if the
+    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints."""
+    path, saved = Path(args.out, "last.pt"), None
+    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts the same command again
+    if path.exists() and (crashed or not args.restart):
+        saved = load_checkpoint(path)
+        # data and merges are compared by what they are; the recipe by its values, which are flags
+        free = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
+        changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})"
+                   for name, value in vars(args).items() if name not in free and value != saved["flags"].get(name)]
+        for name, what in (("data", "other pairs"), ("merges", "other merges of the tokenizer")):
+            if saved[name] != about[name]:
+                changed.append(what)
+        if saved["script"] != about["script"] or changed:
+            raise SystemExit(
+                f"{args.out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; "
+                "give the same ones to resume it, another --out, or --restart to begin anew")
+    progress = [saved["step"], saved["tested"]] if saved else [0, 0]
+    everywhere = gather(torch.tensor([[*progress, int(about["data"][:12], 16)]], device=device))  # [W, 3]
+    if (everywhere != everywhere[0]).any():
+        raise SystemExit(f"ranks disagree on (step, tested step, data): {everywhere.tolist()}; --out and --data must "
+                         "be the same on all machines")
+    return saved
+
+
+def start_log(args, saved, dataset, model, plan):
+    """Before the first step, on rank 0. Makes --out, deletes the run before if --restart says so, cuts the log of a run
+    that goes on back to its checkpoint, prints the values in force and plan. SystemExit if --out cannot be written."""
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = []
+        if args.restart and not saved:
+            (out / "last.pt").unlink(missing_ok=True)
+            (out / "best.pt").unlink(missing_ok=True)
+        if saved and (out / "log.jsonl").exists():
+            rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
+            rows = [row for row in rows if row.endswith("}\n") and
+                    json.loads(row).get("step", 0) <= (saved["tested"] if '"eval"' in row else saved["step"])]
+        (out / "log.tmp").write_text("".join(rows))
+        os.replace(out / "log.tmp", out / "log.jsonl")
+    except OSError as error:
+        raise SystemExit(f"--out {out}: {error.strerror}") from None
+    print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+                   if value not in (None, "") and value is not False))
+    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {plan}, "
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+          + (f", resumed at step {saved['step']}" if saved else ""))
+    if saved and saved["flags"]["epochs"] != args.epochs:
+        print(f"--epochs {args.epochs} (was {saved['flags']['epochs']}): the learning rate follows the new schedule")
+
+
+def write_log(out, **row):
+    """Adds a line to log.jsonl in the folder out."""
+    with open(Path(out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+class Meter:
+    """What happens between two log lines. Losses are summed on the device, so that no step waits for the host. failed
+    and bad count, since the run began, the pictures that were replaced and the steps that were skipped."""
+
+    def __init__(self, out, batch_size, device):
+        self.out, self.batch_size, self.device, self.failed, self.bad = out, batch_size, device, 0, 0
+        self.streak = torch.zeros((), device=device)  # bad steps, one after the other
+        self.clear(0)
+
+    def state_dict(self):
+        return {"failed": self.failed, "bad": self.bad}
+
+    def load_state_dict(self, state):
+        self.failed, self.bad = state["failed"], state["bad"]
+
+    def clear(self, step):
+        """Begins a new line after this step."""
+        self.step, self.sums, self.skipped, self.waited, self.start = step, 0, 0, 0., time.perf_counter()
+
+    def watch(self, loader):
+        """Iterates over the loader; counts the seconds that it is waited for and the pictures that it replaced."""
+        tick = time.perf_counter()
         for batch in loader:
-            waited += time.perf_counter() - tick
-            skipped += int(batch["skipped"].sum())
-            images, tokens, eot = (batch[name].to(device, non_blocking=True).transpose(0, 1)  # [2, B, ...]
-                                   for name in ("images", "tokens", "eot"))
-            places, targets, index = (x.to(device, non_blocking=True)
-                                      for x in (*pack_labels(batch["labels"], tokens.shape[2]), batch["index"]))
-            if "colors" in batch:
-                colors = batch["colors"].to(device, non_blocking=True).transpose(0, 1)
-                images = data.augment(images.flatten(0, 1), colors.flatten(0, 1)).unflatten(0, (2, -1))
-            statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                image_views, text_views, logit_scale, siamese, logits = parallel(
-                    preprocess.normalize(images), tokens, eot, places)
-            clip = multi_view_clip_loss(image_views, text_views, logit_scale)
-            nns = ssl = mlm = own = torch.zeros((), device=device)
-            if queue:
-                found = queue.search(text_views.flatten(0, 1))  # [2B]
-                nns = nearest_neighbor_loss(image_views, queue.rows[found].unflatten(0, (2, -1)), logit_scale)
-                own = (queue.samples[found] == index.repeat(2)).float().mean()  # share that is the sample itself
-            if args.w_ssl:
-                ssl = simsiam_loss(*siamese)
-            if args.w_mlm:
-                mlm = mlm_loss(logits, targets)
-            loss = args.w_clip * clip + args.w_nn * nns + args.w_ssl * ssl + args.w_mlm * mlm
-            losses = {"loss": loss, "clip": clip, "nn": nns, "ssl": ssl, "mlm": mlm, "own_neighbors": own}
-
-            # the step; where the gradient (of all ranks, DDP has averaged it) is not finite, everything stays as it was
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, total, args.warmup, args.lr, start=args.lr / 10)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()
-            optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW leave weights and moments alone, without asking the host
-            optimizer.step()
-            scaler.update()
-            with torch.no_grad():
-                for buffer, before in zip(model.buffers(), statistics):
-                    buffer.copy_(buffer.where(good, before))
-                model.logit_scale.clamp_(3, math.log(100))  # the parameter: clamping its exp would end its gradient at the bound
-            if queue:
-                for view in (1, 0):  # edited, then masked captions, as released
-                    queue.enqueue(text_views[view], index, good)
-            step += 1
-
-            # the host looks at the device only here
-            streak = (streak + 1).where(~good, 0)
-            sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
-            if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
-                totals = torch.cat([sums, streak[None], sums.new_tensor([skipped, waited, len(stop)])])
-                fine, *means, bad_in_a_row, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
-                count = step - logged
-                failed += round(skips * world)
-                bad += round(count - fine)
-                means = {name: mean / fine if fine else None for name, mean in zip(losses, means)}
-                speed = count * args.batch_size / (time.perf_counter() - start)
-                memory = {"memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
-                log(epoch=epoch, **means, lr=group["lr"], logit_scale=logit_scale.item(), pairs_per_second=speed, waited=waits,
-                    skipped=failed, bad_steps=bad, **memory)
-                bar.set_postfix_str(f"loss {means['loss'] or math.nan:.3f}, {speed:.0f} pairs/s")
-                bar.update(step - bar.n)
-                data.check_skipped(failed, step * args.batch_size)
-                if bad_in_a_row >= 20:
-                    raise SystemExit("20 steps in a row without a finite gradient; the last good weights are in "
-                                     f"{out / 'last.pt' if (out / 'last.pt').exists() else 'no file yet'}")
-                if stopped:
-                    save("last.pt")
-                    if world > 1:
-                        dist.barrier()
-                    raise SystemExit(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
-                logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()
-            if step % 1000 == 0 and step % steps:
-                save("last.pt")
+            self.waited += time.perf_counter() - tick
+            self.skipped += int(batch["skipped"].sum())
+            yield batch
             tick = time.perf_counter()
-        save("last.pt")  # before the tests, which take their time
-        evaluate()
-        start = time.perf_counter()
-    bar.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if rank == 0:
-        print(f"finished {total} steps; {out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
-    if world > 1:
-        dist.destroy_process_group()
+
+    def add(self, good, losses):
+        """One step. good: bool tensor []; losses: {name: scalar tensor}, of which bad steps are left out."""
+        self.names = list(losses)
+        self.streak = (self.streak + 1).where(~good, 0)
+        self.sums = self.sums + torch.stack([good, *losses.values()]).detach().where(good, 0)
+
+    def row(self, step, stop):
+        """The log line over all ranks, as a dict, and whether any rank was told to stop; begins a new line. SystemExit
+        if too many pictures fail or 20 steps in a row were bad."""
+        here = self.sums.new_tensor([self.skipped, self.waited, len(stop)])
+        everywhere = gather(torch.cat([self.sums, self.streak[None], here])[None])  # [W, columns]
+        columns = everywhere.mean(0).tolist()
+        fine, means, (streak, skipped, waited, stopped) = columns[0], columns[1:-4], columns[-4:]
+        count, seconds = step - self.step, time.perf_counter() - self.start
+        self.failed += round(skipped * len(everywhere))
+        self.bad += round(count - fine)
+        data.check_skipped(self.failed, step * self.batch_size)
+        if streak >= 20:
+            last = Path(self.out, "last.pt")
+            raise SystemExit("20 steps in a row without a finite gradient; "
+                             f"the last good weights are in {last if last.exists() else 'no file yet'}")
+        row = {name: mean / fine if fine else None for name, mean in zip(self.names, means)}
+        row |= dict(pairs_per_second=count * self.batch_size / seconds, waited=waited)
+        row |= dict(skipped=self.failed, bad_steps=self.bad)
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        self.clear(step)
+        return row, stopped > 0
+
+
+def save_checkpoint(path, **state):
+    """Writes state (tensors and plain Python values only) and renames, so that a kill leaves the old file or the
+    new."""
+    try:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written: {error}") from None
+
+
+def load_checkpoint(path):
+    """The state that save_checkpoint wrote, on the CPU. SystemExit with a sentence if the file is cut off or
+    foreign."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["script"], state["model"], state["tested"], state["data"]
+    except Exception as error:
+        raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin "
+                         "anew with --restart, or choose another --out") from None
+    return state
+
+
+@contextmanager
+def catch_sigterm():
+    """Yields a list that is empty until SIGTERM arrives, which torchrun and SLURM send before they kill. Puts the
+    handler that was there before back, however the block ends."""
+    stop, handler = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def leave(message):
+    """SystemExit with the message once all ranks are here, so that rank 0 has saved."""
+    if dist.is_initialized():
+        dist.barrier()
+    raise SystemExit(message)
+
+
+def init_distributed():
+    """rank, world size and device of this process, from the environment that torchrun sets; 0 and 1 without it."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1 and not dist.is_initialized():
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it keeps what a crashed attempt left in it
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    return rank, world, device
 
 
 if __name__ == "__main__":

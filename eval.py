@@ -1,26 +1,45 @@
-"""Evaluation of a trained CLIP: zero-shot classification, retrieval, linear probe, k-nearest neighbours.
+"""Evaluation of CLIP models: zero-shot classification, retrieval, linear probe, k nearest neighbours.
 
     python eval.py runs/declip-toy/last.pt --data toy
-    python eval.py runs/clip-cc3m/last.pt --data imagenet/val --probe --train imagenet/train --json results.json
+    python eval.py runs/clip-cc3m/last.pt ViT-B-32.pt --data imagenet/val --json results.json
+    python eval.py runs/clip-cc3m/last.pt --data imagenet/val --probe --train imagenet/train
     python eval.py runs/clip-cc3m/last.pt --images cat.jpg --texts "a cat" "a dog"
 
-A test set is one of
-    toy, cifar10, ... (see DATASETS)        drawn by code; torchvision's sets whose class names are usable
-    a folder with one sub-folder a class    named by its classnames.txt (line i: i-th folder in order), else by them
-    tars with .cls and a classnames.txt     CLIP_benchmark's layout; retrieval too where there is .txt, a caption a line
-    tars, .tsv, .csv, .jsonl of captions    retrieval only
+A model is a checkpoint of these scripts, a file of OpenAI's (TorchScript archive or state dict) or of open_clip's
+(state dict or .safetensors). A file that is not ours gets clip.py's classes and OpenAI's merges, mean and standard
+deviation. Weights do not say whether they were trained with GELU or QuickGELU, and the wrong one costs points
+without an error. OpenAI's own files get QuickGELU. For others GELU is assumed, and a line says so; --quick-gelu
+changes that.
 
-Protocol. The row of a class is the mean of the unit features of its prompts, made unit again. A picture's short side
-is resized, its centre cropped. TEMPLATES are our own: say "own-8" beside a number. Published ones mostly use OpenAI's
-80 or 7, which --templates takes from a file; the bare name costs 1 to 6 points on CC data. Probe and k-NN read what
-encode_image returns, as OpenAI's README does (SLIP and the CLIP paper read the tower before its projection: several
-points more). Scores are fp32 without TF32, results fractions in [0, 1]; ties go to the lower index.
+A test set is one of
+    toy, cifar10, ... (see DATASETS)     the drawn test set; torchvision's sets whose class names are usable
+    a folder with a sub-folder a class   zero-shot; the names stand in its classnames.txt, else the folders' names count
+    tars with .cls and a classnames.txt  CLIP_benchmark's layout; also retrieval if there are .txt, one caption a line
+    other tars, .tsv, .csv or .jsonl     retrieval; rows of a table that name the same picture are its captions
+
+Line i of classnames.txt names class i. Sub-folders are counted in the order of their names, or in the order of the
+numbers if all names are numbers.
+
+Zero-shot: each class name is written into all prompts. The prompts' features are made unit vectors and averaged, and
+the mean is made a unit vector again. A picture's short side is resized to the model's size; its centre is cropped.
+The prompts in TEMPLATES are our own, so say "own-8" beside a number. Most published numbers use OpenAI's 80 or 7
+prompts, which --templates reads from a file. With models trained on CC3M or CC12M the bare name is 1 to 6 points worse.
+
+Retrieval: at most the first five captions of a picture count, as is usual for COCO. Captions get no prompt.
+
+The probe and k-NN use what encode_image returns, as OpenAI's README does. SLIP and the CLIP paper use the tower's
+output before its projection, which gives several points more.
+
+Scores are computed in fp32 without TF32. Results are fractions in [0, 1]. Of equal scores the lower index comes first.
 """
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
+import warnings
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +53,7 @@ TEMPLATES = (
     "{}", "a photo of a {}.", "a picture that shows the {}.", "a {} seen from close up.", "a small {} in the distance.",
     "one very large {}.", "a dark and blurry photo of the {}.", "a drawing of a {}.")
 
-DATASETS = {  # torchvision's class, arguments of its test and its train split, usual metric, what the names are
+DATASETS = {  # torchvision's class, arguments of its test and of its train split, usual metric, what the names are
     "cifar10": ("CIFAR10", dict(train=False), dict(train=True), "top1", "{}"),
     "cifar100": ("CIFAR100", dict(train=False), dict(train=True), "top1", "{}"),
     "stl10": ("STL10", dict(split="test"), dict(split="train"), "top1", "{}"),
@@ -49,7 +68,7 @@ DATASETS = {  # torchvision's class, arguments of its test and its train split, 
 
 @contextmanager
 def full_fp32():
-    """Matrix products without TF32, which rounds to 10 bits and so makes ties. Used as a decorator."""
+    """Matrix products without TF32, whose 10 bits make different scores equal. Also used as a decorator."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -65,8 +84,11 @@ def at_least_fp32(x):
 
 @full_fp32()
 def ranks(queries, candidates, pairs):
-    """Place (from 0) of the best positive of each query among all candidates, by inner product: queries [n, D],
-    candidates [m, D], pairs [p, 2] of (query, candidate) -> int64 [n]; m without a positive or for a NaN."""
+    """Place of each query's best positive among all candidates, by inner product. The first place is 0.
+
+    queries [n, D], candidates [m, D], pairs [p, 2] of (query, candidate) -> int64 [n]. A query without a positive, or
+    whose positive scores NaN, gets place m.
+    """
     queries, candidates = at_least_fp32(queries), at_least_fp32(candidates)
     places, column = [], torch.arange(len(candidates), device=queries.device)
     chunk = max(1, 2 ** 25 // len(candidates))
@@ -81,10 +103,13 @@ def ranks(queries, candidates, pairs):
 
 
 def accuracy(right, y, num_classes):
-    """right bool [n], labels y [n] -> top1, mean_per_class (of classes that occur), per_class (None: not in y), n."""
+    """right bool [n], labels y [n] -> dict: top1, mean_per_class, per_class and n.
+
+    mean_per_class is the mean over the classes that occur in y. per_class holds None for the others.
+    """
     recall = torch.bincount(y[right], minlength=num_classes).double() / torch.bincount(y, minlength=num_classes)
     return {"top1": right.double().mean().item(), "mean_per_class": recall.nanmean().item(),
-            "per_class": [None if r != r else r for r in recall.tolist()], "n": len(y)}
+            "per_class": [None if math.isnan(r) else r for r in recall.tolist()], "n": len(y)}
 
 
 def zero_shot(x, y, classifier):
@@ -94,12 +119,17 @@ def zero_shot(x, y, classifier):
 
 
 def retrieval(image_features, text_features, pairs, ks=(1, 5, 10)):
-    """Recall both ways: image_features [n, D], text_features [m, D], pairs [p, 2] of (image, text), any number for each
-    -> {"i2t@1": ..., "t2i@10": ...}: the share of images (texts) with any of their texts (images) among the k largest
-    inner products. Rows are taken as given: unit rows for cosines. One in no pair is a candidate, not a query."""
-    x, t, result = image_features, text_features, {}
-    pairs = torch.as_tensor(pairs, device=x.device)
-    for way, queries, candidates, positives in (("i2t", x, t, pairs), ("t2i", t, x, pairs.flip(1))):
+    """Recall at k, from images to texts and from texts to images.
+
+    image_features [n, D], text_features [m, D]: the rows are taken as given, so give unit rows for cosines.
+    pairs [p, 2] of (image, text): an image may have several texts and a text several images.
+    Returns {"i2t@1": ..., "t2i@10": ...}: the share of images (texts) that have any of their texts (images) among the k
+    largest inner products. An image or text that is in no pair is a candidate, but not a query.
+    """
+    pairs = torch.as_tensor(pairs, device=image_features.device)
+    ways = {"i2t": (image_features, text_features, pairs), "t2i": (text_features, image_features, pairs.flip(1))}
+    result = {}
+    for way, (queries, candidates, positives) in ways.items():
         place = ranks(queries, candidates, positives)[positives[:, 0].unique()]
         result |= {f"{way}@{k}": (place < min(k, len(candidates))).double().mean().item() for k in ks}
     return result
@@ -108,12 +138,16 @@ def retrieval(image_features, text_features, pairs, ks=(1, 5, 10)):
 @full_fp32()
 @torch.no_grad()
 def linear_probe(x, y, l2, num_classes):
-    """Multinomial logistic regression: features x [n, D], labels y [n] -> W [C, D], b [C], the minimum of
-    mean cross-entropy(x W^T + b) + l2/2 |W|^2 with b free, which is scikit-learn's LogisticRegression(C=1 / (l2 * n)).
+    """Multinomial logistic regression: features x [n, D], labels y [n] -> W [C, D], b [C].
 
-    L-BFGS with strong Wolfe line search, matrix products in x's precision (at least fp32), softmax in float64. float64
-    ends at gradients near 1e-9, fp32 where rounding stops the line search, near 1e-6. Rows come in chunks (ImageNet's
-    logits are 5 GB), centred, which b absorbs, and scaled, which l2 absorbs: same optimum, a fifth of the work."""
+    W and b minimise mean cross-entropy(x W^T + b) + l2/2 |W|^2. The bias b is not penalised. This is scikit-learn's
+    LogisticRegression(C=1 / (l2 * n)).
+
+    The solver is L-BFGS with a strong Wolfe line search. Matrix products have the precision of x (at least fp32), the
+    softmax is float64. The gradient ends near 1e-9 for float64; for fp32 rounding stops the line search near 1e-6. Rows
+    are read in chunks, because ImageNet's logits are 5 GB. Rows are also centred and scaled. That leaves the optimum
+    where it is, since b absorbs the centre and l2 the scale, and it takes a fifth of the steps.
+    """
     x, n = at_least_fp32(x), len(x)
     mean, scale = x.mean(0), (x.var(0, correction=0).mean() + l2) ** -.5
     W = x.new_zeros(num_classes, x.shape[1])
@@ -121,7 +155,7 @@ def linear_probe(x, y, l2, num_classes):
     optimizer = torch.optim.LBFGS([W, b], max_iter=1000, history_size=10, tolerance_grad=1e-10,
                                   tolerance_change=torch.finfo(x.dtype).eps ** 2, line_search_fn="strong_wolfe")
 
-    def closure():  # gradients by hand: autograd is not there under inference_mode
+    def closure():  # gradients by hand, because autograd does not work under inference_mode
         loss = l2 * scale ** 2 / 2 * W.square().sum(dtype=torch.float64)
         W.grad, b.grad = l2 * scale ** 2 * W, torch.zeros_like(b)
         for rows, labels in zip(x.split(2 ** 14), y.split(2 ** 14)):
@@ -145,7 +179,10 @@ def predict(x, W, b):
 
 
 def best_l2(x, y, num_classes):
-    """The l2 for linear_probe that does best on a fixed tenth of the rows: of 1e2, 1, .. 1e-6, then steps of 10, 3."""
+    """The l2 with which linear_probe does best on a fixed tenth of the rows.
+
+    It tries 1e2, 1, 1e-2, 1e-4 and 1e-6, then the neighbours of the best at a factor of 10, then at a factor of 3.
+    """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     held, rest = order.tensor_split([max(1, len(x) // 10)])
     found = {}  # {log10 of l2: accuracy}; of equals the one tried first, the stronger, counts
@@ -159,8 +196,11 @@ def best_l2(x, y, num_classes):
 
 @full_fp32()
 def knn(train, y, test, k=20, temperature=.07):
-    """Weighted nearest neighbours, DINO's protocol: train [n, D] with labels y [n], test [m, D] -> predictions [m].
-    The k largest cosines vote with exp(cosine / temperature). Rows are made unit here; train is streamed in blocks."""
+    """Weighted nearest neighbours (the protocol of DINO): train [n, D], labels y [n], test [m, D] -> predictions [m].
+
+    The k training rows with the largest cosines vote with weight exp(cosine / temperature). Rows are made unit vectors
+    here. The training rows are read in blocks.
+    """
     train, test = (F.normalize(at_least_fp32(x), dim=1) for x in (train, test))
     predictions = []
     for rows in test.split(1024):
@@ -178,7 +218,7 @@ def knn(train, y, test, k=20, temperature=.07):
 # features
 
 class Pictures(torch.utils.data.Dataset):
-    """Item i: the picture, uint8 [3, S, S], and i; or zeros and -1 if it cannot be read or i is beyond the end."""
+    """Item i: the picture, uint8 [3, S, S], and i. Zeros and -1 if it cannot be read or i is beyond the end."""
 
     def __init__(self, dataset, size):
         self.dataset, self.size = dataset, size
@@ -197,10 +237,12 @@ def rank_and_world():
 
 @torch.no_grad()
 def encode_images(model, dataset, preprocess, amp=None, batch_size=256, workers=0):
-    """Features of the readable pictures x [n, D], fp32, not normalised, and their places in the data set, index [n].
+    """Features of the readable pictures -> x [n, D], fp32, not normalised, and their places in the data set, index [n].
 
-    dataset: anything with len() and image(i) -> bytes, path or PIL picture. amp: dtype of autocast, or None. The model
-    is used in the mode it is in. Every rank calls it: rank r encodes r, r + W, ..., and all get all rows, in order."""
+    dataset: anything with len() and image(i) -> bytes, path or PIL picture. amp: dtype of autocast, or None.
+    The model is used in the mode it is in. All ranks must call it: rank r of W encodes the pictures r, r + W, ..., and
+    every rank gets all rows in the order of the data set.
+    """
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
     mine, rows = range(rank, -(-len(dataset) // world) * world, world), []  # equally many on all ranks
     loader = torch.utils.data.DataLoader(
@@ -217,13 +259,13 @@ def encode_images(model, dataset, preprocess, amp=None, batch_size=256, workers=
         dist.all_gather(all_x, x)
         dist.all_gather(all_index, index)
         x, index = torch.cat(all_x), torch.cat(all_index)
-    order = index.argsort()[(index < 0).sum():]
+    order = index.argsort()[(index < 0).sum():]  # the unreadable ones, -1, sort to the front
     return x[order], index[order]
 
 
 @torch.no_grad()
 def encode_texts(model, tokenizer, texts, amp=None, batch_size=1024):
-    """Features [m, D] of m texts, fp32, not normalised. A batch is cut to its longest text."""
+    """Features [m, D] of m texts, in fp32 and not normalised. Each batch is cut to the length of its longest text."""
     device, rows = next(model.parameters()).device, []
     for start in range(0, len(texts), batch_size):
         tokens = tokenizer(texts[start:start + batch_size])
@@ -235,8 +277,11 @@ def encode_texts(model, tokenizer, texts, amp=None, batch_size=1024):
 
 
 def text_classifier(model, tokenizer, classnames, templates=TEMPLATES, amp=None):
-    """Unit rows [C, D], one a class: mean of the unit features of its prompts, made unit. A class of several names
-    writes them "cat|kitten"; a template holds {} where the name goes. Prompts of many classes share a batch."""
+    """One unit row a class, [C, D]: the mean of the unit features of its prompts, made a unit vector.
+
+    classnames: a class with several names has them in one string, as "cat|kitten". templates: prompts with {} where the
+    name goes. Every name is written into every prompt, and all of these count equally.
+    """
     prompts = [[t.replace("{}", name.strip()) for name in names.split("|") for t in templates] for names in classnames]
     x = F.normalize(encode_texts(model, tokenizer, [p for of_class in prompts for p in of_class], amp), dim=1)
     return F.normalize(torch.stack([rows.mean(0) for rows in x.split([len(of_class) for of_class in prompts])]), dim=1)
@@ -245,7 +290,7 @@ def text_classifier(model, tokenizer, classnames, templates=TEMPLATES, amp=None)
 # test sets
 
 class Labelled:
-    """A torchvision data set of pictures with classes, read as those of data.py are."""
+    """A data set of torchvision's with classes, with the methods of data.py's sets that evaluate needs."""
 
     def __init__(self, pictures, classnames=None):
         self.pictures = pictures
@@ -265,97 +310,195 @@ class Labelled:
         return []
 
 
-def read_lines(path):
-    """Lines of a text file without blank ones at its end; None if there is no such file."""
-    return Path(path).read_text("utf-8", "replace").rstrip().splitlines() if os.path.isfile(path) else None
+class CaptionTable:
+    """A table of captions as a test set. Rows that name the same file are one picture with several captions."""
+    classnames = None
+
+    def __init__(self, table):
+        self.table, rows = table, {}
+        for row in range(len(table)):
+            rows.setdefault(os.path.normpath(table.key(row)), []).append(row)
+        self.rows = list(rows.values())  # of each picture
+
+    def __len__(self):
+        return len(self.rows)
+
+    def image(self, i):
+        return self.table.image(self.rows[i][0])
+
+    def label(self, i):
+        return None
+
+    def captions(self, i):
+        """All captions of picture i, each on one line: white space inside a caption becomes single spaces."""
+        return [" ".join(text.split()) for row in self.rows[i] for text in self.table.captions(row)]
+
+
+def read_classnames(path, flag):
+    """Names of the classes, one a line. SystemExit, which begins with the flag, if a line names no class."""
+    names = data.read_lines(path, flag)
+    for number, line in enumerate(names, 1):
+        if not all(name.strip() for name in line.split("|")):
+            raise SystemExit(f"{flag}: line {number} of {path} has a blank name; line i must name class i")
+    if not names:
+        raise SystemExit(f"{flag}: {path} is empty; line i must name class i")
+    return names
+
+
+def read_templates(path):
+    """The prompts in the file of --templates, one a line; blank lines are ignored. SystemExit if one has no {}."""
+    lines = data.read_lines(path, "--templates")
+    for number, line in enumerate(lines, 1):
+        if line.strip() and "{}" not in line:
+            raise SystemExit(f"--templates: line {number} of {path} has no {{}}, the place where the name goes")
+    templates = [line for line in lines if line.strip()]
+    if not templates:
+        raise SystemExit(f"--templates: {path} is empty; each line must be a prompt with {{}} where the name goes")
+    return templates
+
+
+def find_classnames(*folders):
+    """The names in the first classnames.txt found in these folders; None if there is none."""
+    for folder in folders:
+        if (folder / "classnames.txt").is_file():
+            return read_classnames(folder / "classnames.txt", "class names")
+    return None
+
+
+def class_folders(folder):
+    """torchvision's ImageFolder, except that folders whose names are all numbers come in the order of the numbers.
+
+    torchvision would put 10 before 2. FileNotFoundError if there are no sub-folders.
+    """
+    import torchvision
+    pictures = torchvision.datasets.ImageFolder(folder, loader=str, allow_empty=True)
+    if all(name.isdecimal() for name in pictures.classes):
+        old, pictures.classes = pictures.classes, sorted(pictures.classes, key=int)
+        pictures.class_to_idx = {name: i for i, name in enumerate(pictures.classes)}
+        pictures.samples = [(path, pictures.class_to_idx[old[label]]) for path, label in pictures.samples]
+        pictures.imgs, pictures.targets = pictures.samples, [label for _, label in pictures.samples]
+    return pictures
+
+
+def open_folder(spec, folder, split, classnames):
+    """The set in a folder with one sub-folder a class. SystemExit if its sub-folders cannot be classes."""
+    try:
+        pictures = class_folders(folder)
+    except FileNotFoundError:
+        pictures = ()
+    if not len(pictures):
+        raise SystemExit(f"{spec} holds neither tars nor a sub-folder of pictures for each class")
+    folders = pictures.classes
+    if hidden := [name for name in folders if name.startswith(".")]:
+        raise SystemExit(f"{spec} holds the hidden folder {hidden[0]}, which would be a class; remove it")
+    if len(folders) == 1 or {*folders} <= {"train", "val", "test"}:
+        raise SystemExit(f"{spec} holds only the sub-folders {', '.join(folders)}, which would be the classes; "
+                         "give the folder that holds one sub-folder for each of at least two classes")
+    names = classnames or find_classnames(folder)
+    if names and len(names) != len(folders):
+        raise SystemExit(f"{spec} holds {len(folders)} folders for {len(names)} names: each folder must be a class "
+                         "with a name; see --classnames")
+    if split == "test" and not names and all(re.fullmatch(r"n\d{8}", name) for name in folders):
+        raise SystemExit(f"{spec}: its folders have WordNet's numbers, as ImageNet's do, and no names; put a "
+                         "classnames.txt beside them, whose line i names the i-th folder")
+    return Labelled(pictures, names)
 
 
 def open_test(spec, split="test", root=None, download=False, classnames=None):
-    """The test set `spec` (see the top of the file); split="train": the training split of toy and of torchvision's.
-    root: folder of torchvision's files (else $CLIP_DATA, else ./datasets); classnames: in place of the folders' names.
-    SystemExit if there is no such set."""
+    """The test set `spec` (see the top of the file). SystemExit if there is no such set.
+
+    split: "train" opens the training split of toy and of torchvision's sets. root: folder of torchvision's files, by
+    default $CLIP_DATA, else ./datasets. classnames: list of names in place of those that the set brings.
+    """
     if not spec:
         raise SystemExit("a test set without a name: is there a comma too many?")
-    if spec == "toy":
-        return data.ToyDataset(2048, None, "test", seed=int(split == "train"))  # other pictures of the same 16 classes
+    if spec in data.TOY_TESTS:
+        variant, kinds = data.TOY_TESTS[spec]
+        return data.ToyDataset(2048, None, kinds, int(split == "train"), variant)  # train: others of the same kinds
     if spec in DATASETS:
         import torchvision
-        (name, *arguments), root = DATASETS[spec], root or os.environ.get("CLIP_DATA") or "datasets"
+        name, of_test, of_train, _, _ = DATASETS[spec]
+        root = root or os.environ.get("CLIP_DATA") or "datasets"
+        arguments = of_train if split == "train" else of_test
         try:
-            return Labelled(getattr(torchvision.datasets, name)(root, download=download, **arguments[split == "train"]))
+            return Labelled(getattr(torchvision.datasets, name)(root, download=download, **arguments), classnames)
         except Exception as error:
             raise SystemExit(f"{spec} cannot be opened in {root} ({error}); eval.py has --download, and "
                              "--data-root for another folder") from None
     folder = Path(spec).expanduser()
-    if any(folder.glob("test/*.tar")):  # CLIP_benchmark's
+    if any(folder.glob("test/*.tar")):  # CLIP_benchmark's layout
         folder = folder / "test"
     if folder.is_dir() and not any(folder.glob("*.tar")):
-        import torchvision
-        try:
-            pictures = torchvision.datasets.ImageFolder(folder, loader=str, allow_empty=True)
-        except FileNotFoundError:
-            pictures = ()
-        if not len(pictures):
-            raise SystemExit(f"{spec} holds neither tars nor a sub-folder of pictures for each class")
-        names = classnames or read_lines(folder / "classnames.txt")
-        if names and len(names) != len(pictures.classes) or any(name.startswith(".") for name in pictures.classes):
-            raise SystemExit(f"{spec} holds {len(pictures.classes)} folders, hidden ones too, for {len(names or ())} names: each must be "
-                             "a class, see --classnames")
-        if split == "test" and not names and all(re.fullmatch(r"n\d{8}", name) for name in pictures.classes):
-            raise SystemExit(f"{spec}: its folders have WordNet's numbers, as ImageNet's, and no names: put a classnames.txt beside "
-                             "them, whose line i names the i-th folder")
-        return Labelled(pictures, names)
+        return open_folder(spec, folder, split, classnames)
     if not any(map(os.path.exists, data.expand(str(folder)))):
         raise SystemExit(f"there is no test set {spec}; give a path, or one of toy, {', '.join(DATASETS)}")
-    if folder.suffix in (".tsv", ".csv", ".jsonl"):
-        return data.TableDataset(str(folder), None)
+    if folder.suffix.lower() in (".tsv", ".csv", ".jsonl"):
+        return CaptionTable(data.TableDataset(str(folder), None))
     try:
         tars = data.TarDataset(str(folder), None, require="cls")
     except SystemExit:
         tars = data.TarDataset(str(folder), None)  # captions without classes
-    tars.classnames = tars.classnames or read_lines(Path(tars.paths[0]).parent.parent / "classnames.txt")
+    beside = Path(tars.paths[0]).parent
+    tars.classnames = classnames or find_classnames(beside, beside.parent)
     return tars
 
 
 def labels_of(dataset, index, names, spec):
-    """Classes [n] of the pictures index [n]; SystemExit if one has none, or one that no name belongs to."""
+    """Classes [n] of the pictures index [n]. SystemExit if one has no class, or a class without a name."""
     y = [dataset.label(i) for i in index.tolist()]
-    if not y or None in y or max(y) >= len(names or ()):
-        raise SystemExit(f"{spec}: no readable picture, or one whose class is none of the {len(names or ())} that have "
-                         "names; see --classnames")
+    if not y:
+        raise SystemExit(f"{spec}: no readable picture")
+    if None in y or max(y) >= len(names or ()):
+        raise SystemExit(f"{spec}: a picture has no class, or one that is none of the {len(names or ())} classes with "
+                         "a name; see --classnames")
     return torch.tensor(y, device=index.device)
 
 
 def captions_of(dataset, index):
-    """The different captions of the pictures index [n], up to five a picture, and pairs [(row of index, caption)]."""
+    """Captions of the pictures index [n], at most the first five of each -> texts, pairs.
+
+    texts: the different captions. pairs: list of (row of index, row of texts). Each line of a caption is a caption.
+    """
     texts, pairs = {}, []
     for row, i in enumerate(index.tolist()):
-        lines = [line.strip() for text in dataset.captions(i) for line in text.splitlines() if line.strip()]
+        lines = [line.strip() for text in dataset.captions(i) for line in re.split("[\r\n]", text) if line.strip()]
         pairs += [(row, texts.setdefault(line, len(texts))) for line in lines[:5]]
     return list(texts), pairs
 
 
 # evaluation
 
+def short_name(spec):
+    """The last part of a path that is neither test, val nor a tar: cc3m of a/cc3m/val."""
+    parts = [part for part in Path(spec).parts if part not in ("val", "test") and ".tar" not in part]
+    return parts[-1] if parts else spec
+
+
 def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates=TEMPLATES, classnames=None,
              probe=False, download=False, neighbors=False, train=None, root=None, batch_size=256):
-    """Tests a model on the test sets -> {short name of the test: {metric: value}}. All ranks call it and get the same.
+    """Tests a model on the test sets -> {short name of the test: {metric: value}}.
 
-    With class names: what zero_shot returns; with captions: what retrieval does, where equal captions are one text of
-    all its pictures; with probe: probe and its probe_l2; with neighbors: knn, both in the usual metric. Always metric
-    (the name of the usual one), n pictures, and the number of unreadable ones, which are left out. amp: dtype of
-    autocast, or None. train: training sets, one a test, for probe and neighbors (toy and torchvision's have their own).
-    Leaves parameters, modes and random state as they are; buffers of all ranks become rank 0's. SystemExit if a test is
-    not there or cannot be done with what it has."""
+    A test with class names gets what zero_shot returns. A test with captions gets what retrieval returns; there, equal
+    captions are one text that belongs to all its pictures, and a picture has at most five. probe adds "probe" and
+    "probe_l2", neighbors adds "knn", both in the usual metric of the test. Always there are "metric" (the name of the
+    usual metric), "n" (pictures read) and "unreadable" (pictures left out).
+
+    amp: dtype of autocast, or None. train: training sets for probe and neighbors, one for each test; toy and
+    torchvision's sets bring their own. classnames: names in place of those that the tests bring.
+
+    All ranks must call it, and all get the same result. Parameters, modes and random state stay as they are. The
+    buffers of all ranks become those of rank 0. SystemExit if a test is not there or lacks what it needs.
+    """
     train = train or tests
-    if (probe or neighbors) and (len(train) != len(tests) or set(train) & set(tests) - {"toy", *DATASETS}):
+    if (probe or neighbors) and (len(train) != len(tests) or set(train) & set(tests) - {*data.TOY_TESTS, *DATASETS}):
         raise SystemExit("--probe and --knn need --train: a training set for each test, other than the test itself")
-    sets = [open_test(spec, "test", root, download, classnames) for spec in tests]  # all at once: a wrong name is to cost no hour
+    # all sets are opened first, so that a wrong name does not cost an hour
+    sets = [open_test(spec, "test", root, download, classnames) for spec in tests]
     train_sets = [open_test(spec, "train", root, download) for spec in train if probe or neighbors]
     for a, b in zip(sets, train_sets):
         if isinstance(a, Labelled) and isinstance(b, Labelled) and a.pictures.classes != b.pictures.classes:
             raise SystemExit("--train: its folders are not those of the test, so the numbers of the classes differ")
-    box, modes = [{}], [(module, module.training) for module in model.modules()]
+    results, modes = {}, [(module, module.training) for module in model.modules()]
     if distributed := rank_and_world()[1] > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -363,7 +506,7 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
     try:
         with torch.inference_mode():
             for number, (spec, dataset) in enumerate(zip(tests, sets)):
-                *_, metric, phrase = DATASETS.get(spec, ("top1", "{}"))
+                _, _, _, metric, phrase = DATASETS.get(spec, (None, None, None, "top1", "{}"))
                 x, index = encode_images(model, dataset, preprocess, amp, batch_size, workers)
                 unit, (texts, pairs) = F.normalize(x, dim=1), captions_of(dataset, index)
                 names = classnames or dataset.classnames
@@ -385,18 +528,20 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
                     result["probe_l2"] = best_l2(train_x, train_y, len(names))
                     W, b = linear_probe(train_x, train_y, result["probe_l2"], len(names))
                     result["probe"] = accuracy(predict(x, W, b) == y, y, len(names))[metric]
-                *_, name = spec, *(p for p in Path(spec).parts if p not in ("val", "test") and ".tar" not in p)
-                box[0][spec if name in box[0] else name] = result
+                name = short_name(spec)
+                results[spec if name in results else name] = result
     finally:
         for module, training in modes:
             module.training = training
     if distributed:
+        box = [results]
         dist.broadcast_object_list(box, 0)
-    return box[0]
+        results = box[0]
+    return results
 
 
 def summary(results):
-    """One line a test, in per cent, the usual metric first."""
+    """One line a test, in per cent, with the usual metric first."""
     lines = []
     for test, r in results.items():
         keys = [key for key in (r["metric"], "top1", "mean_per_class", "top5", "knn", "probe") if key in r]
@@ -408,38 +553,215 @@ def summary(results):
 
 # a trained model
 
-def load(path, device="cpu", weights="model"):
-    """A checkpoint of one of the scripts -> model in eval mode, tokenizer, preprocess (data.Preprocess). The file is
-    read as data (weights_only), its script must be a file beside this one; SystemExit for any other file. weights:
-    "model", or "ema", an average that a script keeps."""
+# what stands before the first dot in the names of the towers' parameters, as open_clip and OpenAI have them
+ENCODERS = ("visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection",
+            "logit_scale")
+PARTS = {*ENCODERS, *(  # all that stands between dots in these names, numbers aside
+    "resblocks ln_1 ln_2 ln_pre ln_post attn in_proj_weight in_proj_bias out_proj mlp c_fc c_proj weight bias proj "
+    "class_embedding conv1 conv2 conv3 bn1 bn2 bn3 running_mean running_var num_batches_tracked layer1 layer2 layer3 "
+    "layer4 downsample attnpool q_proj k_proj v_proj").split()}
+WRAPPERS = {"module", "_orig_mod", "text",  # DDP, torch.compile, open_clip's CustomTextCLIP,
+            "_image_encoder", "_text_encoder", "_logit_scale"}  # TinyCLIP's released files
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: the header's length in 8 bytes, the header in JSON, the tensors."""
+    content = bytearray(Path(path).read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "I64": torch.int64}
+    state = {}
+    for name, entry in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            tensor = torch.frombuffer(content, dtype=dtypes[entry["dtype"]], count=math.prod(entry["shape"]),
+                                      offset=start + entry["data_offsets"][0])
+            state[name] = tensor.view(entry["shape"])
+    return state
+
+
+def read_torchscript(path):
+    """{name: tensor} of a TorchScript archive such as OpenAI's. It may hold code: the one exception to weights_only."""
+    if not hasattr(getattr(torch, "jit", None), "load"):
+        raise SystemExit(f"{path} is a TorchScript archive, which torch {torch.__version__} no longer reads; take its "
+                         "state dict, saved by an older torch, or open_clip's .safetensors of the same weights")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.14 calls torch.jit.load deprecated
+        return torch.jit.load(path, map_location="cpu").state_dict()
+
+
+def is_torchscript(path):
+    """Whether a file is a TorchScript archive."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return any(name.endswith("/constants.pkl") for name in file.namelist())
+
+
+def read_checkpoint(path):
+    """What a file of weights holds, on the CPU, as a dict like the checkpoints of these scripts.
+
+    "model" is {name: tensor}, with the names that the file has. A checkpoint of these scripts has "script", "sizes",
+    "merges" and more. OpenAI's files have "sizes" = {"quick_gelu": True}. SystemExit for any other kind of file.
+    """
     if not os.path.isfile(path):
         raise SystemExit(f"there is no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        archive = is_torchscript(path)
+        if archive:
+            content = read_torchscript(path)
+        elif str(path).endswith(".safetensors"):
+            content = read_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if "script" in content and "model" in content:
+            return content
+        state = content.get("model", content.get("state_dict", content))
+        state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     except Exception as error:
-        raise SystemExit(f"{path} is not a whole checkpoint of these scripts ({type(error).__name__})") from None
-    keys = {"script", weights, "sizes", "preprocess", "merges", "context"}
-    if not isinstance(checkpoint, dict) or keys - set(checkpoint):
-        raise SystemExit(f"{path} is no checkpoint of these scripts with {weights!r}; other CLIP weights enter by a script's --init")
-    script = str(checkpoint["script"])
+        raise SystemExit(f"{path} is no whole file of CLIP weights: neither a checkpoint of these scripts nor an "
+                         "archive, state dict or .safetensors of OpenAI's or open_clip's "
+                         f"({type(error).__name__})") from None
+    if archive or "input_resolution" in state:  # one of three numbers that OpenAI keeps beside the weights
+        return {"model": state, "sizes": {"quick_gelu": True}}
+    return {"model": state}
+
+
+def read_merges(checkpoint):
+    """List of the pairs that a checkpoint stores as the merges of its tokenizer."""
+    return [tuple(line.split(" ")) for line in checkpoint["merges"].split("\n") if line]
+
+
+def tower_state(path, checkpoint):
+    """The towers' {open_clip's name: fp32 tensor} in what read_checkpoint found. SystemExit for other towers."""
+    state, found = {}, checkpoint["model"]
+    for name, tensor in found.items():
+        parts = [part for part in name.split(".") if part not in WRAPPERS]
+        if parts[0] in ENCODERS or "text" in name.split(".") and parts[0] != "attn_mask":
+            state[".".join(parts)] = tensor.float() if tensor.is_floating_point() else tensor
+    wanted = ["visual.conv1.weight", "token_embedding.weight", "positional_embedding", "text_projection", "logit_scale",
+              "visual.attnpool.positional_embedding" if "visual.layer1.0.conv1.weight" in state else "visual.proj"]
+    missing = [name for name in wanted if name not in state]
+    odd = [name for name in state if not all(part.isdecimal() or part in PARTS for part in name.split("."))]
+    if odd or missing:
+        has = next(iter(odd or found), "no tensor")
+        raise SystemExit(f"{path} holds no CLIP with OpenAI's towers under OpenAI's or open_clip's names: it has {has}"
+                         f"{', but no ' + missing[0] if missing else ''}. Towers of timm, SigLIP, CoCa or transformers "
+                         "cannot be loaded")
+    if "script" not in checkpoint and "visual.proj" in state and len(state["visual.conv1.weight"]) > 1024:
+        raise SystemExit(f"{path}: its image tower is {len(state['visual.conv1.weight'])} wide. Towers wider than 1024 "
+                         "(ViT-H, ViT-g, ViT-bigG) have attention heads of another size than 64 and cannot be loaded")
+    if state["logit_scale"].numel() == 1:  # some files store it as [1]
+        state["logit_scale"] = state["logit_scale"].reshape(())
+    if "merges" in checkpoint:  # rows beyond the vocabulary, such as DeCLIP's mask token, are no part of the towers
+        vocabulary = data.Tokenizer(read_merges(checkpoint)).vocab_size
+        state["token_embedding.weight"] = state["token_embedding.weight"][:vocabulary]
+    return state
+
+
+def load_clip_state(path, quick_gelu=None, merges=None):
+    """The towers' weights {open_clip's name: fp32 tensor}, to start a training from or to distil.
+
+    path: a checkpoint of these scripts, OpenAI's TorchScript archive or state dict, open_clip's state dict or
+    .safetensors, or a released file of TinyCLIP's. The names may bear the prefixes of DDP, torch.compile and
+    CustomTextCLIP. quick_gelu and merges (one string, a pair a line) are compared with what the file says, if it says
+    it; None is not compared. SystemExit if the file is none of these, differs in what is compared, or holds other
+    towers (timm's, SigLIP's, CoCa's).
+    """
+    checkpoint = read_checkpoint(path)
+    state = tower_state(path, checkpoint)
+    trained_with = checkpoint.get("sizes", {}).get("quick_gelu")
+    if None not in (trained_with, quick_gelu) and trained_with != quick_gelu:
+        how = "with --quick-gelu: give it" if trained_with else "without --quick-gelu: leave it out"
+        raise SystemExit(f"{path} was trained {how}")
+    if None not in (checkpoint.get("merges"), merges) and checkpoint["merges"] != merges:
+        raise SystemExit(f"{path} was trained with other merges of the tokenizer: see --bpe")
+    return state
+
+
+def image_size(state):
+    """Side in pixels of the pictures for which a state of load_clip_state was trained."""
+    if "visual.proj" in state:
+        return math.isqrt(len(state["visual.positional_embedding"]) - 1) * state["visual.conv1.weight"].shape[-1]
+    return math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1) * 32
+
+
+def import_script(script, path):
+    """The module of a script beside this file, which the checkpoint at path needs. SystemExit if there is none."""
     file = Path(__file__).resolve().parent / f"{script}.py"
     found = re.fullmatch("[a-z]+", script) and file.is_file() and importlib.util.find_spec(script)  # runs nothing yet
     if not found or Path(found.origin).resolve() != file:
-        raise SystemExit(f"{path} was written by a script {script!r}, which is not the one beside eval.py")
-    module = importlib.import_module(script)
+        raise SystemExit(f"{path} needs the script {script!r}, and the module of that name is not one beside eval.py")
+    return importlib.import_module(script)
+
+
+def load(path, device="cpu", weights="model", quick_gelu=None):
+    """A file of weights -> model in eval mode, tokenizer, preprocess (data.Preprocess).
+
+    path: a checkpoint of these scripts, OpenAI's TorchScript archive or state dict, or open_clip's state dict or
+    .safetensors. A checkpoint of ours gets the classes of its script, which must be a file beside this one. Another
+    file gets clip.py's classes, OpenAI's merges, mean and standard deviation. weights: "model", or "ema", an average
+    that some scripts keep. quick_gelu: whether weights that do not say it need QuickGELU. If it is None, GELU is
+    assumed for them, and a printed line says so. SystemExit if the file is none of these.
+    """
+    checkpoint = read_checkpoint(path)
+    if "script" not in checkpoint:
+        if weights != "model":
+            raise SystemExit(f"{path} is no checkpoint of these scripts, so it has no {weights!r}: see --weights")
+        return load_foreign(path, checkpoint, device, quick_gelu)
+    if missing := {weights, "sizes", "preprocess", "merges", "context"} - set(checkpoint):
+        raise SystemExit(f"{path} is a checkpoint without {', '.join(sorted(missing))}: see --weights")
+    script = str(checkpoint["script"])
+    module = import_script(script, path)
     cls = next((c for name, c in vars(module).items() if name.lower() == script and isinstance(c, type)), None)
     if cls is None:
-        raise SystemExit(f"{path}: there is no model in {file.name}")
-    model = module.build(checkpoint[weights], cls, **checkpoint["sizes"]).to(device).eval()
-    merges = [tuple(line.split(" ")) for line in checkpoint["merges"].split("\n") if line]
-    return model, data.Tokenizer(merges, checkpoint["context"]), data.Preprocess(**checkpoint["preprocess"])
+        raise SystemExit(f"{path}: there is no model in {script}.py")
+    model = module.build(checkpoint[weights], cls, **checkpoint["sizes"])
+    tokenizer = data.Tokenizer(read_merges(checkpoint), checkpoint["context"])
+    return model.to(device).eval(), tokenizer, data.Preprocess(**checkpoint["preprocess"])
+
+
+def load_foreign(path, checkpoint, device, quick_gelu):
+    """load for what read_checkpoint found in a file of OpenAI's or open_clip's."""
+    state = tower_state(path, checkpoint)
+    quick_gelu = checkpoint.get("sizes", {}).get("quick_gelu", quick_gelu)
+    if quick_gelu is None:
+        quick_gelu = False
+        print(f"{path} does not say which activation it was trained with. GELU is assumed; --quick-gelu (in Python "
+              "quick_gelu=True) takes QuickGELU, --no-quick-gelu silences this line")
+    module = import_script("clip", path)
+    try:
+        model = module.build(state, module.CLIP, quick_gelu=quick_gelu)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise SystemExit(f"{path}: its weights do not make one of clip.py's models ({reason})") from None
+    tokenizer = data.find_tokenizer(None, "")
+    tokenizer.context = len(state["positional_embedding"])
+    if len(state["token_embedding.weight"]) != tokenizer.vocab_size:
+        raise SystemExit(f"{path} has {len(state['token_embedding.weight'])} tokens and the merges make "
+                         f"{tokenizer.vocab_size}; name the file of the merges that it was trained with by $CLIP_BPE")
+    return model.to(device).eval(), tokenizer, data.Preprocess(image_size(state))
+
+
+def rank_texts(model, tokenizer, preprocess, images, texts):
+    """Prints for each picture (a path) the texts with their probabilities, the likeliest first."""
+    for path in images:
+        try:
+            image = preprocess(path)[None].to(model.logit_scale.device)
+        except Exception as error:
+            raise SystemExit(f"--images: {path} cannot be read ({error})") from None
+        with torch.no_grad():
+            x, t = F.normalize(model.encode_image(image)), F.normalize(encode_texts(model, tokenizer, texts))
+            p = (model.logit_scale.exp() * x @ t.T).softmax(1)[0]
+        print(path, *(f"{100 * p[i]:6.1f} %  {texts[i]}" for i in p.argsort(descending=True)), sep="\n")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", help="last.pt or best.pt of a run")
+    add("checkpoint", nargs="+", help="last.pt or best.pt of a run, or a file of OpenAI's or open_clip's")
     add("--weights", choices=("model", "ema"), default="model", help="ema: the average, where a script keeps one")
+    add("--quick-gelu", action=argparse.BooleanOptionalAction,
+        help="the activation of files that do not name theirs (default: GELU, and a line that says so)")
     add("--data", metavar="TESTS", help="comma list of test sets: paths, or " + ", ".join(["toy", *DATASETS]))
     add("--data-root", metavar="DIR", help="folder of torchvision's files (default $CLIP_DATA or ./datasets)")
     add("--download", action="store_true", help="let torchvision download what is missing")
@@ -448,7 +770,7 @@ def main(argv=None):
     add("--probe", action="store_true", help="also a linear probe, its l2 chosen on a tenth of the training set")
     add("--knn", action="store_true", help="also the vote of the 20 nearest neighbours in the training set")
     add("--train", metavar="SETS", help="the training set of each test, a comma list (not for toy and torchvision's)")
-    add("--json", metavar="FILE", help="write all results, accuracies by class included")
+    add("--json", metavar="FILE", help="write all results, accuracies by class included; by file if there are several")
     add("--images", nargs="+", metavar="IMAGE", help="rank the --texts for each of these pictures")
     add("--texts", nargs="+", metavar="TEXT")
     add("--batch-size", type=int, default=256)
@@ -457,33 +779,33 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.data and not (args.images and args.texts):
         parser.error("give --data, or --images and --texts")
-    templates, classnames = (read_lines(path) if path else None for path in (args.templates, args.classnames))
-    if args.templates and not all("{}" in line for line in templates or " ") or args.classnames and not classnames:
-        raise SystemExit("--templates must be a file of lines that hold {}, --classnames one of names, a line each")
+    templates = read_templates(args.templates) if args.templates else TEMPLATES
+    classnames = read_classnames(args.classnames, "--classnames") if args.classnames else None
     if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
-        raise SystemExit(f"--json {args.json} cannot be written: a folder, or in none")
+        raise SystemExit(f"--json {args.json} cannot be written: it is a folder, or its folder does not exist")
     if args.batch_size < 1 or args.workers < 0:
-        raise SystemExit("--batch-size begins at 1, --workers at 0")
+        raise SystemExit("--batch-size must be at least 1, --workers at least 0")
+    for path in args.checkpoint:  # before the first one has cost an hour
+        if not os.path.isfile(path):
+            raise SystemExit(f"there is no checkpoint {path}")
     cuda = torch.cuda.is_available()
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[
         args.amp or ("bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "off")]
-    model, tokenizer, preprocess = load(args.checkpoint, "cuda" if cuda else "cpu", args.weights)
-    if args.data:
-        tests, train = (names and names.split(",") for names in (args.data, args.train))
-        results = evaluate(model, tokenizer, preprocess, tests, amp, args.workers, templates or TEMPLATES, classnames,
-                           args.probe, args.download, args.knn, train, args.data_root, args.batch_size)
-        print(summary(results))
-        if args.json:
-            Path(args.json).write_text(json.dumps(results, indent=1))
-    for path in args.images or ():
-        try:
-            image = preprocess(path)[None].to(model.logit_scale.device)
-        except Exception as error:
-            raise SystemExit(f"--images: {path} cannot be read ({error})") from None
-        with torch.no_grad():
-            x, t = F.normalize(model.encode_image(image)), F.normalize(encode_texts(model, tokenizer, args.texts))
-            p = (model.logit_scale.exp() * x @ t.T).softmax(1)[0]
-        print(path, *(f"{100 * p[i]:6.1f} %  {args.texts[i]}" for i in p.argsort(descending=True)), sep="\n")
+    tests, train = (names and names.split(",") for names in (args.data, args.train))
+    several, results = len(args.checkpoint) > 1, {}
+    for path in args.checkpoint:
+        model, tokenizer, preprocess = load(path, "cuda" if cuda else "cpu", args.weights, args.quick_gelu)
+        if args.data:
+            results[path] = evaluate(model, tokenizer, preprocess, tests, amp, args.workers, templates, classnames,
+                                     args.probe, args.download, args.knn, train, args.data_root, args.batch_size)
+            for line in summary(results[path]).splitlines():
+                print(f"{path}: {line}" if several else line)
+            if args.json:
+                Path(args.json).write_text(json.dumps(results if several else results[path], indent=1))
+        if args.images:
+            if several:
+                print(f"{path}:")
+            rank_texts(model, tokenizer, preprocess, args.images, args.texts)
 
 
 if __name__ == "__main__":

@@ -1,83 +1,47 @@
-"""ProtoCLIP: CLIP that also groups; prototypes of one modality, found by K-means, teach the other modality its groups.
+"""ProtoCLIP: CLIP that also learns clusters. Clusters of one modality, found by K-means, teach the other modality.
 
-The idea. CLIP pushes every picture away from every caption but its own, also where both show a dog. ProtoCLIP adds a task
-above the level of single pairs. Training goes in episodes of m pairs, drawn with replacement and far fewer than an
-epoch's, so that groups stay fresh however large the data are. Before each, the features h of its m pairs are extracted
-(model in eval mode, pictures cropped and recoloured anew, one of several captions drawn anew) and K-means makes K = m /
-10 prototypes of each modality. Then each picture is taught to recognise the group of its *caption*, and each caption the
-group of its *picture*. Groups are handed over without asking the modalities to lie in one place ("prototypical back
-translation"): a picture is not scored against the prototypes of captions, but against the mean of the pictures whose
-captions share a group. So a third grouping can come from a space of its own, such as a language model's features of the
-captions.
+The idea. CLIP pushes a picture away from every caption but its own, even where both show a dog. ProtoCLIP adds a task
+about clusters of pairs. It trains in episodes of m random pairs. First the model extracts their features, and K-means
+finds K = m / 10 clusters of pictures and K of captions. Then it trains on these pairs. Beside CLIP's task, each picture
+must tell the cluster of its caption, and each caption the cluster of its picture. For this a picture is not compared
+with captions, but with the mean picture of each cluster of captions, so the modalities need not lie in one place. This
+is prototypical back translation. Clusters may also come from an external teacher, such as a language model.
 
-The loss. z is a tower's output and h = g(z) / |g(z)| its feature behind a head g, which serves training alone (the two heads
-start equal). A student modality learns the groups of a teacher modality: t_i is the teacher's group of pair i, C the teacher's
-centroids and C' their transpose (plain means, not of unit norm), D the student's means, T targets, tau = --target-temperature.
-r is a learned scale of its own, beside CLIP's s: the two softmaxes have other numbers of classes.
+The loss. The student is the modality that learns; the teacher's clusters are what it learns. h_i is the student's unit
+feature of pair i, behind a projection head. t_i is the teacher's cluster of pair i, and the rows of C are the teacher's
+centroids. r is a learned scale beside CLIP's, and tau is --target-temperature.
 
-    D_k = mean of the student's h_i with t_i = k         T = softmax(C C' / tau) D   (T = D for the external teacher: hard)
-    P(h, D, T, t) = mean_i [ log sum_k exp(r <h_i, D_k>)  -  r <h_i, T_(t_i)> ]
-    L = L_clip + 1/2 [ P(image; text) + P(text; image) ] + 1/2 [ P(image; external) + P(text; external) ]
+    D_k = mean of the h_i with t_i = k              the student's centroids
+    T = softmax(C C' / tau) D, by rows              the targets; for the external teacher T = D
+    P(student; teacher) = mean_i [ log sum_k exp(r <h_i, D_k>) - r <h_i, T_(t_i)> ]
+    L = L_clip + w_proto / 2 [P(image; text) + P(text; image)]
+               + w_external / 2 [P(image; external) + P(text; external)]
 
-where P(student; teacher) is the P above. It is the authors' cross-entropy with the soft targets q = softmax(C_t C' / tau),
-for sum_k q_k r <h, D_k> = r <h, sum_k q_k D_k> = r <h, T_t>; so no step needs the K x K similarities. A target is a function
-of the label alone, nearly one-hot at tau = .01 but shared by groups that lie close together, which K-means may have cut at
-chance. D, T and t are constants of an episode (no momentum encoder, no queue): the gradient goes through h and r alone. P is
-a mean over samples against constants, so W ranks need no gather for it, and DDP's mean is exact. In the first --warmup-
-episodes L = L_clip: what an untrained model groups means nothing yet.
+P is the cross-entropy with the soft targets q = row t_i of softmax(C C' / tau), because sum_k q_k <h_i, D_k> = <h_i,
+T_(t_i)>. D, T and t are constants of an episode.
 
-The cost in FLOPs (RN50): one more forward pass over each pair, +33 %; K-means +1 %, the losses below +1 %. Each pair is
-also read and decoded twice, which is why the authors' runs took 1.8 times as long as CLIP's with as many epochs (on one
-GPU). (Their "third of the time" on YFCC15M was "4x fewer epochs" in an earlier version: 4/3 of the FLOPs on a quarter of
-the epochs.)
+What it costs and brings. Extraction is one more forward pass over each pair, 33 % more FLOPs with RN50. Each pair is
+decoded twice, and the authors' runs took 1.8 times CLIP's time. On 2.5 M pairs of CC3M, with RoBERTa as external
+teacher, they report 21.5 % zero-shot on ImageNet (CLIP: 19.5). Their CLIP had weaker augmentation; --w-proto 0 is the
+fair baseline. In small runs here it needs .4 to .7 of CLIP's time, with the captions' words as teacher.
 
-How to run.
-    python protoclip.py                                                  drawn toy data, any machine, minutes
-    torchrun --nproc_per_node=8 protoclip.py --data cc3m --eval /imagenet/val       see RECIPES for the settings
-    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy --out runs/roberta        the authors' best
-    torchrun --nproc_per_node=8 protoclip.py --data cc3m --w-proto 0 --out runs/baseline        CLIP, nothing extracted, but with these
-                                                                         pictures and settings; the authors' had fewer augmentations
+How to run. tests/RESULTS.md says how to make roberta.npy.
+    python protoclip.py                                                       built-in pictures, any machine, minutes
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy    or captions, for their words
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --w-proto 0 --out runs/baseline   CLIP, same pictures
 
-The file of --teacher-features: floats [M, any], row i for the i-th pair in use, saved by numpy.save. The authors' can be
-made with transformers' roberta-large: last_hidden_state of each caption, cut to 77 ids, mean over the positions (theirs
-takes in the padding, unmasked and with id 0, RoBERTa's start token; leaving it out is saner), rows to unit norm, PCA to 64
-dimensions without whitening. Only its groups are used: a rotation changes nothing. "captions" in place of a file makes one
-of the captions alone: TF-IDF, ours and not the authors', made by rank 0 in two minutes a million pairs; it stays in --out.
-
-What to expect (authors' README, RN50, 2.5 M pairs of CC3M, 32 epochs = 400 episodes, both with batch 512; with RoBERTa):
-zero-shot ImageNet 21.47 % (CLIP 19.46), linear probe 55.22 (49.41), COCO mean recall 35.69 (36.48). With one GPU, batch 64,
-lr 5e-4 / 10, warm-up 2000 and 8 epochs 14.50 (12.29), 44.55 (38.95), 28.26 (26.20). On YFCC15M, CLIP's accuracy in a third
-of its time. But their CLIP was augmented less (the fair one is --w-proto 0; at equal FLOPs with --epochs 43), and their
-probe reads the training set in order of class and reports the best of 100 accuracies on the test set.
-
-Where released code and this file part. The body of the paper was not at hand: "authors" are their code and README here.
-    - gradients are those of the whole batch; theirs, gathered without gradient, are divided by W in towers and heads (not
-      in scales). AdamW hides it, the bound on the gradient's norm does not: --clip-grad bites W times earlier here (see the
-      log's grad_norm);
-    - an episode's sample is a function of (seed, episode). Theirs comes from NumPy's global generator: a resumed run begins
-      with the first samples again; once rank 0 has drawn a t-SNE picture, which moves its generator, the external labels it
-      hands out belong to other samples on other ranks; clustering every second episode draws new samples under the old
-      labels. Ours is whole batches (199,680 of 200,000 with 512; theirs groups an incomplete last one, not trained on);
-    - K-means runs on all ranks, which exchange sums (theirs: on one, results through files, so one machine); the rules are
-      faiss's, the random choices our own; the best restart is that of the best final objective (theirs: one step before);
-    - no "locked image" (LiT): theirs sets the prototype losses and the image tower's learning rate to 0 in the last two
-      episodes, when all learning rates are near 0 anyway. Prototypes, heads and soft targets are on by default (theirs:
-      each by a flag of its own; without flags it trains CLIP);
-    - towers are ours (GELU for QuickGELU), long captions keep their end token, the blur is at the scale of the picture;
-    - augmentations differ between ranks; theirs have one seed on all;
-    - a bad step leaves no trace in the running statistics of batch norms, with which features are extracted.
-Batch norm, in heads too, uses the statistics of its own rank, and rank 0's running ones, as theirs does.
-
-Sources: Chen et al., ProtoCLIP (arXiv 2206.10996, TNNLS 2023) and github.com/megvii-research/protoclip.
+Sources: Chen et al. 2023, ProtoCLIP (arXiv 2206.10996), github.com/megvii-research/protoclip. "The authors" are their
+README and code; the paper's body was not at hand.
 """
 import argparse
 import json
 import math
 import os
-import re
 import signal
 import time
 from collections import OrderedDict
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -94,10 +58,10 @@ import data
 import eval as evaluator
 
 
-# loss
+# losses
 
 class Gather(torch.autograd.Function):
-    """all_gather along dimension 0 whose backward gives each rank the sum of the gradients that all ranks hold for its rows."""
+    """all_gather along dimension 0. The backward pass gives each rank the sum of all ranks' gradients for its rows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -113,51 +77,75 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """Rows of all ranks, rank-major: [B, ...] -> [N, ...], with gradient; x itself where there is no process group."""
+    """Rows of all ranks, rank 0's first: [B, ...] -> [N, ...], with gradient. Without a process group it returns x."""
     return Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
 
 
 def clip_loss(image_features, text_features, logit_scale):
-    """Symmetric InfoNCE of CLIP (section 2.3, figure 3) over all ranks, for the rows of this rank.
+    """CLIP's symmetric cross-entropy (Radford et al. 2021, figure 3) over the pairs of all ranks.
 
-    image_features, text_features: unit rows [B, D], row i of one belonging to row i of the other; B equal on all ranks.
-    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: near
-    100, bf16 knows multiples of .5 alone.
-    The mean over ranks is the loss of the whole batch; ln N for uninformative features.
+    image_features, text_features: unit rows [B, D]; row i of one belongs to row i of the other. B is equal on all
+    ranks. logit_scale: the factor s itself, not its log. Returns a scalar in at least fp32, also under autocast,
+    because bf16 rounds logits near 100 to multiples of 0.5. The mean over ranks is the loss of the whole batch.
+    Features that say nothing have the loss ln N.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
+        # SLIP gathers without gradient. A feature then learns only as a query (row), never as a candidate (column),
+        # which changes the direction of its gradient. open_clip without --local-loss --gather-with-grad divides it by
+        # W.
         all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
         rank = dist.get_rank() if len(all_x) > len(x) else 0  # one process has no process group
-        labels = torch.arange(len(x), device=x.device) + rank * len(x)  # where the own pairs stand among the N
+        labels = torch.arange(len(x), device=x.device) + rank * len(x)  # the columns of this rank's own pairs
         image_logits = logit_scale * x @ all_y.T  # [B, N]
         text_logits = logit_scale * y @ all_x.T  # [B, N]
         return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
 
-# prototypes
+# episodes and prototypes
+
+def plan_episodes(pairs, batch_size, epochs, episode_size, prototypes, warmup):
+    """Cuts the size m of an episode to the data's and to whole batches, and the number K of prototypes to m / 10.
+    Returns m, K, the steps of an episode, and the steps of the run, which is as many episodes as come nearest to the
+    epochs. SystemExit if there is no prototype or the warm-up has too many steps."""
+    # The authors also cluster an incomplete last batch, on which they do not train.
+    episode_size = min(episode_size, pairs) // batch_size * batch_size
+    prototypes = min(prototypes, episode_size // 10)
+    if not prototypes:
+        raise SystemExit(f"--episode-size: {episode_size} pairs in whole batches of {batch_size} are too few, because "
+                         "a prototype needs 10; raise --episode-size, or lower --batch-size")
+    steps = episode_size // batch_size
+    total = steps * max(1, round(epochs * (pairs // batch_size) / steps))
+    if warmup >= total:
+        raise SystemExit(f"the run has {total} steps in episodes of {steps}: too few for --warmup {warmup}; lower "
+                         "--warmup or raise --epochs")
+    return episode_size, prototypes, steps, total
+
 
 def sample_episode(seed, episode, size, length):
-    """Numbers of the samples of an episode: int64 [size] out of range(length), uniform, with replacement. A function of its
-    arguments alone, so the same on all ranks and after a restart (released code: training/data.py, where it is not)."""
+    """Numbers of the pairs of an episode: int64 [size] out of range(length), uniform, with replacement. They depend on
+    the arguments only, so they are the same on all ranks and after a restart. In the released code (training/data.py)
+    they depend on NumPy's global generator."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + episode)
     return torch.randint(length, (size,), generator=generator)
 
 
 @torch.no_grad()
 def kmeans(x, k, iters=20, restarts=3, seed=0):
-    """Lloyd's algorithm under the rules of faiss.Kmeans, which the released code calls (training/clustering.py): Euclidean,
-    centroids are plain means; an empty cluster (equal captions make equal rows) moves beside another, drawn by its size; the best
-    of some restarts.
+    """K-means by Lloyd's algorithm, with the rules of faiss.Kmeans, which the released code calls
+    (training/clustering.py). Distances are Euclidean, and centroids are plain means, also of unit rows. Equal captions
+    make equal rows, so a cluster can run empty: then it moves beside another, which is drawn by its size. The best of
+    some restarts counts.
 
-    x: this rank's rows [n, d], r, r + W, ... of the whole; all ranks call it, and sums alone travel, in float64.
-    Returns the labels [n] of these rows, centroids [k, d] and objective (float, the sum over the whole of the squared
-    distances to the centroids returned). ValueError if there are fewer than k rows in all.
+    x: rows [n, d] of this rank, which are rows r, r + W, ... of the whole on rank r. All ranks call it; they exchange
+    only sums, in float64. The released code runs it on one rank.
+    Returns the labels [n] of these rows, the centroids [k, d], and the objective, a float: the sum of the squared
+    distances of all rows to these centroids. ValueError if there are fewer than k rows in all.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     parallel = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-    split = (1 - torch.arange(x.shape[1], device=x.device) % 2 * 2) / 1024  # 1, -1, 1, ... of these
+    split = (1 - torch.arange(x.shape[1], device=x.device) % 2 * 2) / 1024  # 1/1024, -1/1024, 1/1024, ...
 
     def total(sums):
         if parallel:
@@ -166,7 +154,7 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
 
     def nearest(centroids):  # -> labels [n], squared distances [n]
         norms = centroids.square().sum(1)
-        with torch.autocast(x.device.type, enabled=False):  # |x|^2 is the same for all centroids
+        with torch.autocast(x.device.type, enabled=False):  # |x|^2 is left out: it is the same for all centroids
             labels = torch.cat([torch.addmm(norms, rows, centroids.T, alpha=-2).argmin(1) for rows in x.split(4096)])
         return labels, (x - centroids[labels]).square().sum(1)
 
@@ -176,9 +164,9 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
     best = None
     for restart in range(restarts):
         generator = torch.Generator().manual_seed(seed + restart)  # the same on all ranks
-        picked = torch.randperm(rows, generator=generator)[:k].to(x.device)  # rows to start from; row p is p // W of rank p % W
+        picked = torch.randperm(rows, generator=generator)[:k].to(x.device)  # rows to start from
         centroids, mine, last = x.new_zeros(k, x.shape[1]), picked % world == rank, None
-        centroids[mine] = x[picked[mine] // world]
+        centroids[mine] = x[picked[mine] // world]  # row p of the whole is row p // W of rank p % W
         total(centroids)
         for _ in range(iters):
             labels, distances = nearest(centroids)
@@ -189,7 +177,7 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
                 break
             last, centroids = objective, (sums[:, :-2] / count.clamp(min=1)[:, None]).to(x.dtype)
             empty = (count == 0).nonzero()[:, 0]
-            if len(empty):  # copies of large clusters' centroids, a little apart
+            if len(empty):  # each takes the centroid of a large cluster, and the two move a little apart
                 spare = (count - 1).clamp(min=0).cpu()
                 few = int((spare > 0).sum()) < len(empty)
                 donors = torch.multinomial(spare, len(empty), replacement=few, generator=generator).to(x.device)
@@ -197,6 +185,7 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
                 centroids[donors] = centroids[donors] * (1 - split)
         labels, distances = nearest(centroids)
         objective = total(distances.double().sum()).item()
+        # The authors compare restarts by the objective one iteration before the last.
         if best is None or objective < best[2]:
             best = labels, centroids, objective
     return best
@@ -204,10 +193,11 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
 
 @torch.no_grad()
 def cluster_means(x, labels, k):
-    """Prototypical back translation: the mean of a student's rows under a teacher's labels (released code: training/clustering.py).
+    """Prototypical back translation: the mean of a student's rows in each of a teacher's clusters (released code:
+    training/clustering.py).
 
-    x: this rank's rows [n, d]; labels [n] in range(k). Returns [k, d], the means over all ranks, not of unit norm; a cluster
-    without a row is a row of zeros and stays one: it has logit 0.
+    x: rows [n, d] of this rank; labels [n] in range(k). Returns the means over all ranks [k, d], not of unit norm. A
+    cluster without a row has a row of zeros, whose logit is 0.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     sums = torch.cat([x, x.new_ones(len(x), 1)], 1).double()
@@ -219,23 +209,28 @@ def cluster_means(x, labels, k):
 
 @torch.no_grad()
 def expected_target(teacher_centroids, student_centroids, temperature):
-    """What a sample of each teacher's cluster is to look like on average: the student's centroids, weighted by the similarity
-    of the teacher's, softmax(C C' / temperature) D (released code: training/loss.py, where it is made anew each step).
+    """Targets T [k, d] of the teacher's clusters: the student's centroids [k, d], averaged with the weights
+    softmax(C C' / temperature), where C are the teacher's centroids [k, e]. Neither has unit norm.
 
-    teacher_centroids [k, e], student_centroids [k, d], neither of unit norm. Returns [k, d]; temperature <= 0: hard targets,
-    the student's centroids themselves.
+    At temperature .01 a target is close to the student's centroid of the same cluster, except where the teacher has
+    several clusters close together, which K-means may have cut by chance. temperature <= 0: hard targets, the student's
+    centroids themselves. The released code (training/loss.py) makes the weights in every step.
     """
     with torch.autocast(student_centroids.device.type, enabled=False):
         C, D = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (teacher_centroids, student_centroids))
-        return torch.cat([(rows @ C.T / temperature).softmax(1) @ D for rows in C.split(4096)]) if temperature > 0 else D
+        if temperature <= 0:
+            return D
+        return torch.cat([(rows @ C.T / temperature).softmax(1) @ D for rows in C.split(4096)])
 
 
 def proto_loss(features, student_centroids, target, labels, logit_scale):
-    """Cross-entropy of a student's features over its prototypes with a teacher's soft targets (released code: training/loss.py).
+    """P of this file's docstring: cross-entropy of a student's features over its centroids, with soft targets.
 
-    features: unit rows [B, d]; student_centroids [k, d]; target [k, d], of expected_target (student_centroids: hard targets);
-    labels [B], the teacher's; logit_scale: the factor. Returns a scalar, computed in at least fp32 also under autocast: a
-    mean over the rows of this rank, which the mean over ranks makes that of the whole batch. ln k for uninformative features.
+    features: unit rows [B, d]; student_centroids [k, d]; target [k, d], of expected_target; labels [B]: the teacher's
+    cluster of each row; logit_scale: the factor r itself. Returns a scalar in at least fp32, also under autocast.
+    Features that say nothing have the loss ln k. It is a mean over this rank's rows against constants, so the mean over
+    ranks is the loss of the whole batch, and no rank needs another's features. The released code (training/loss.py)
+    gathers them without gradient and scores all of them on each rank.
     """
     with torch.autocast(features.device.type, enabled=False):
         h, D, T = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (features, student_centroids, target))
@@ -243,14 +238,87 @@ def proto_loss(features, student_centroids, target, labels, logit_scale):
 
 
 def projection_head(dim, hidden, out):
-    """The head between a tower and its prototypes: [B, dim] -> [B, out], not of unit norm (released code: open_clip/model.py)."""
+    """The head between a tower and its clusters (released code: open_clip/model.py): [B, dim] -> [B, out], not of unit
+    norm. Its batch norm uses the statistics of its own rank."""
     return nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
-def caption_features(ids, vocab, dim=64):
-    """Features of captions without any model: TF-IDF of their tokens, unit rows, at the best `dim` dimensions (ours).
+class Episode(nn.Module):
+    """The constants of an episode of m pairs, as buffers, so that they join the checkpoint. It stands outside DDP,
+    which would broadcast them in each step. A place is a number in range(m); a pair that is drawn twice has two.
 
-    ids: a list of M lists of token ids below vocab. Returns float32 [M, dim] (fewer where M or vocab is less).
+    The loss has 2 terms, or 4 with an external teacher: 0 image taught by text, 1 text taught by image, 2 and 3 image
+    and text taught by the external teacher. samples [m]: the number in the data set of the pair at each place; labels
+    [terms, m]: the teacher's cluster of each place; centroids, targets [terms, K, d]: D and T of each term.
+    """
+
+    def __init__(self, size, prototypes, dim, external=False):
+        super().__init__()
+        terms = 4 if external else 2
+        self.register_buffer("samples", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("labels", torch.zeros(terms, size, dtype=torch.int64))
+        # before the first clustering all centroids are 0: the loss is ln K, and features get no gradient
+        self.register_buffer("centroids", torch.zeros(terms, prototypes, dim))
+        self.register_buffer("targets", torch.zeros(terms, prototypes, dim))
+
+    @torch.no_grad()
+    def find_prototypes(self, h_image, h_text, samples, teacher, iters, restarts, temperature, seed):
+        """Clusters the pairs of an episode and fills the buffers, which become equal on all ranks.
+
+        h_image, h_text [m/W, d], samples [m/W]: this rank's, as extract_features returns them. teacher: the external
+        teacher's features of the whole data set, an array [M, any], or None. iters, restarts, seed: of kmeans;
+        temperature: of expected_target. Returns seconds and mean squared distances to the centroids, for the log.
+        """
+        start, k, m = time.perf_counter(), self.centroids.shape[1], len(self.samples)
+        with evaluator.full_fp32():
+            by_image, C_image, image_objective = kmeans(h_image, k, iters, restarts, seed)
+            by_text, C_text, text_objective = kmeans(h_text, k, iters, restarts, seed)
+            terms = [(h_image, by_text, C_text, temperature), (h_text, by_image, C_image, temperature)]
+            if teacher is not None:
+                features = torch.from_numpy(teacher[samples.cpu().numpy()]).to(h_image.device, torch.float32)
+                by_external, C_external, _ = kmeans(features.nan_to_num(0, 0, 0), k, iters, restarts, seed)
+                terms += [(h_image, by_external, C_external, 0), (h_text, by_external, C_external, 0)]  # hard targets
+            for i, (h, labels, C, tau) in enumerate(terms):
+                self.centroids[i] = cluster_means(h, labels, k)
+                self.targets[i] = expected_target(C, self.centroids[i], tau)
+        columns = gather(torch.stack([samples, *(labels for _, labels, _, _ in terms)])[None])  # [W, 1 + terms, m/W]
+        columns = columns.permute(1, 2, 0).flatten(1)  # [1 + terms, m]: column j of rank r is place j W + r
+        self.samples.copy_(columns[0])
+        self.labels.copy_(columns[1:])
+        return dict(cluster_seconds=time.perf_counter() - start, image_objective=image_objective / m,
+                    text_objective=text_objective / m)
+
+
+@torch.no_grad()
+def extract_features(model, loader, preprocess, amp, rank, world):
+    """Features of the pairs of an episode, of its places rank, rank + W, ...: unit rows h_image, h_text [m/W, d] behind
+    the heads, and the numbers of the pairs in the data set, samples [m/W]. All ranks call it.
+
+    model: runs in eval mode, and in DDP, which gives all ranks the running statistics of rank 0, if there are several
+    ranks. loader: of the batches of the episode. amp: dtype of autocast, or None.
+    """
+    device, rows = next(model.parameters()).device, []
+    model.eval()
+    for batch in loader:
+        images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
+        if "colors" in batch:
+            images = data.augment(images, batch["colors"].to(device, non_blocking=True))
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            _, _, h_image, h_text, _, _ = model(preprocess.normalize(images), tokens)
+        rows.append([gather(x)[rank::world] for x in (h_image, h_text, batch["index"].to(device))])
+    model.train()
+    h_image, h_text, samples = map(torch.cat, zip(*rows))
+    # in fp16 a new RN50 may overflow in eval mode, where its batch norms still have the statistics 0 and 1
+    return h_image.nan_to_num(0, 0, 0), h_text.nan_to_num(0, 0, 0), samples
+
+
+# the external teacher
+
+def caption_features(ids, vocab, dim=64):
+    """Features of captions without any model: unit rows of TF-IDF over their tokens, reduced by a randomised SVD. They
+    are ours; the authors have RoBERTa's.
+
+    ids: a list of M lists of token ids below vocab. Returns float32 [M, dim], fewer columns where M or vocab is less.
     """
     row = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(words) for words in ids]))
     token = torch.tensor([token for words in ids for token in words], dtype=torch.int64)
@@ -266,17 +334,49 @@ def caption_features(ids, vocab, dim=64):
     return u * s
 
 
+def open_teacher(path, dataset, tokenizer, out, rank, anew):
+    """The external teacher's features, an array [M, any] that stays on disk, row i for pair i of the data set. path: a
+    .npy file, or None, which is returned, or "captions": then rank 0 makes teacher.npy in the folder out, if it is not
+    there or anew is true. All ranks call it. SystemExit if the file cannot be written or does not fit."""
+    if path is None:
+        return None
+    if path == "captions":
+        path = Path(out, "teacher.npy")
+        # Rank 0 takes two minutes a million pairs, and NCCL gives up on a rank after ten minutes. So the others wait
+        # in a group with another limit.
+        waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if dist.is_initialized() else None
+        if rank == 0 and (anew or not path.exists()):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(f"{path}.tmp", "wb") as file:
+                    ids = [tokenizer.encode(" ".join(dataset.captions(i))) for i in range(len(dataset))]
+                    np.save(file, caption_features(ids, tokenizer.vocab_size).numpy())
+                os.replace(f"{path}.tmp", path)
+            except OSError as error:
+                raise SystemExit(f"--out {out}: teacher.npy cannot be written: {error}") from None
+        if waiting is not None:
+            dist.barrier(waiting)
+    try:
+        teacher = np.load(path, mmap_mode="r", allow_pickle=False)
+        if np.ndim(teacher) != 2 or len(teacher) != len(dataset):
+            raise ValueError(f"it holds {list(np.shape(teacher))}")
+    except (OSError, ValueError, EOFError) as error:
+        raise SystemExit(f"--teacher-features {path} is no .npy of {len(dataset)} rows, one a pair in use: "
+                         f"{error}") from None
+    return teacher
+
+
 # encoders: OpenAI's towers under open_clip's parameter names
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU; their weights need it."""
+    """OpenAI's approximation of GELU. Their weights need it; with plain GELU they load all the same and lose points."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with heads of 64, under the parameter names of nn.MultiheadAttention."""
+    """Multi-head self-attention with heads of width 64, under the parameter names of nn.MultiheadAttention."""
 
     def __init__(self, width):
         super().__init__()
@@ -301,7 +401,9 @@ class Block(nn.Module):
         self.attn = Attention(width)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU() if quick_gelu else nn.GELU(), c_proj=nn.Linear(4 * width, width)))
+            c_fc=nn.Linear(width, 4 * width),
+            gelu=QuickGELU() if quick_gelu else nn.GELU(),
+            c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, causal=False):  # [B, L, C]
         x = x + self.attn(self.ln_1(x), causal)
@@ -309,7 +411,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks one after the other; with checkpoint_activations each is recomputed in the backward pass to save memory."""
+    """A stack of blocks. With checkpoint_activations the backward pass computes each block again, to save memory."""
 
     def __init__(self, width, layers, quick_gelu=False):
         super().__init__()
@@ -326,7 +428,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """OpenAI's ViT: patches and a class token through pre-norm blocks; the class token is the picture's feature."""
+    """OpenAI's ViT: a class token and patches go through pre-norm blocks; the class token becomes the image feature."""
 
     def __init__(self, embed_dim, image_size, patch_size, width, layers, quick_gelu=False):
         super().__init__()
@@ -349,7 +451,8 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck whose stride is an average pool in front of a convolution of stride 1, in both branches."""
+    """ResNet bottleneck. In both branches an average pool before a convolution of stride 1 takes the place of a
+    stride."""
 
     def __init__(self, inplanes, planes, stride=1):
         super().__init__()
@@ -358,9 +461,12 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
         nn.init.zeros_(self.bn3.weight)  # every block starts as its shortcut
         self.avgpool = nn.AvgPool2d(stride)
-        self.downsample = nn.Sequential(OrderedDict([
-            ("-1", nn.AvgPool2d(stride)), ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)), ("1", nn.BatchNorm2d(4 * planes))
-        ])) if stride > 1 or inplanes != 4 * planes else nn.Identity()
+        self.downsample = nn.Identity()
+        if stride > 1 or inplanes != 4 * planes:
+            self.downsample = nn.Sequential(OrderedDict([
+                ("-1", nn.AvgPool2d(stride)),
+                ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)),
+                ("1", nn.BatchNorm2d(4 * planes))]))
 
     def forward(self, x):
         out = self.bn1(self.conv1(x)).relu()
@@ -370,7 +476,8 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """One attention step in which the mean of the grid asks and the mean and the grid answer (heads of 64)."""
+    """One attention step with heads of width 64. The query is the mean of the grid; keys and values are mean and
+    grid."""
 
     def __init__(self, grid, width, embed_dim):
         super().__init__()
@@ -390,11 +497,13 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet. Where it has three stem convolutions, a mean pool, average pools for strides and attention at the end, torchvision's
-    has one 7x7, a max pool, strided convolutions and a mean."""
+    """OpenAI's ResNet. It differs from torchvision's in its three stem convolutions, in average pools in place of
+    strides and of the max pool, and in attention as the last pooling."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
+        # batch norms use the statistics of their own rank, as in all released code; they are all that ranks do not
+        # share
         self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
@@ -402,7 +511,8 @@ class ModifiedResNet(nn.Module):
         inplanes = width
         for i, depth in enumerate(layers):
             planes = width * 2 ** i
-            blocks = [Bottleneck(inplanes if j == 0 else 4 * planes, planes, 2 if i > 0 and j == 0 else 1) for j in range(depth)]
+            blocks = [Bottleneck(inplanes, planes, 2 if i > 0 else 1)]
+            blocks += [Bottleneck(4 * planes, planes) for _ in range(depth - 1)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             inplanes = 4 * planes
         self.attnpool = AttentionPool2d(image_size // 32, 32 * width, embed_dim)
@@ -417,13 +527,14 @@ class ModifiedResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The two towers and the temperature. vision_layers: a number for a ViT, four for the stages of a ResNet."""
+    """The two towers and the scale. vision_layers: one number for a ViT, four (one a stage) for a ResNet."""
+    image_tower = VisionTransformer
 
-    def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width, text_layers,
-                 quick_gelu=False):
+    def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width,
+                 text_layers, quick_gelu=False):
         super().__init__()
         if isinstance(vision_layers, int):
-            self.visual = VisionTransformer(embed_dim, image_size, patch_size, vision_width, vision_layers, quick_gelu)
+            self.visual = self.image_tower(embed_dim, image_size, patch_size, vision_width, vision_layers, quick_gelu)
         else:
             self.visual = ModifiedResNet(embed_dim, image_size, vision_width, vision_layers)
         self.transformer = Transformer(text_width, text_layers, quick_gelu)
@@ -431,9 +542,9 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(.01 * torch.randn(context, text_width))
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log of s; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:  # of out_proj and c_proj 2 x layers add up, so each starts smaller by the root
+        for block in self.transformer.resblocks:  # 2 * layers outputs add up, so each starts smaller by the square root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -444,63 +555,53 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def text_tokens(self, tokens):
-        """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. Causal:
-        position j knows nothing of what follows it, so the loader cuts captions after the longest one's end token."""
+        """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. The tower is
+        causal: nothing after the end token matters, so the loader cuts batches after the longest caption."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         return self.ln_final(self.transformer(x, causal=True))
 
     def encode_text(self, tokens, eot=None):
-        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token (eot [B]; the largest id if not given)."""
+        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: its places [B]; by default
+        the place of the largest id. Our tokenizer ends a caption that it cuts with an end token. SLIP's does not, and
+        then every long caption is read at the start token, where all are equal."""
         x = self.text_tokens(tokens)
-        return x[torch.arange(len(x), device=x.device), tokens.argmax(-1) if eot is None else eot] @ self.text_projection
+        eot = tokens.argmax(-1) if eot is None else eot
+        return x[torch.arange(len(x), device=x.device), eot] @ self.text_projection
 
     def forward(self, images, tokens):
-        """Images [B, 3, S, S], tokens [B, L] -> unit image_features [B, D], unit text_features [B, D], logit_scale (the factor)."""
-        image_features, text_features = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-                                         for x in (self.encode_image(images), self.encode_text(tokens)))
+        """Images [B, 3, S, S], tokens [B, L] -> unit image_features [B, D], unit text_features [B, D], the factor s."""
+        x, y = self.encode_image(images), self.encode_text(tokens)
+        image_features, text_features = (
+            F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1) for f in (x, y))
         return image_features, text_features, self.logit_scale.exp()
 
 
-class ProtoCLIP(CLIP):
-    """CLIP with a head behind each tower, for training alone, and a second temperature. The heads start out equal."""
-
-    def __init__(self, embed_dim, proj_hidden=2048, proj_dim=128, **sizes):
-        super().__init__(embed_dim, **sizes)
-        self.image_head, self.text_head = (projection_head(embed_dim, proj_hidden, proj_dim) for _ in range(2))
-        self.image_head.load_state_dict(self.text_head.state_dict())
-        self.logit_scale_proto = nn.Parameter(torch.tensor(math.log(1 / .07)))
-
-    def forward(self, images, tokens):
-        """Images [B, 3, S, S], tokens [B, L] -> unit rows image_features, text_features [B, D], image_projections,
-        text_projections [B, d], and the factors logit_scale, logit_scale_proto. The heads take features not of unit norm."""
-        z_i, z_t = self.encode_image(images), self.encode_text(tokens)
-        rows = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-                for x in (z_i, z_t, self.image_head(z_i), self.text_head(z_t)))
-        return *rows, self.logit_scale.exp(), self.logit_scale_proto.exp()
-
-
-ENCODERS = "visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale"
-MODELS = {  # sizes from OpenAI and open_clip; 224 pixels and 12 text layers where nothing else is said
+MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 text layers where nothing else is said
     "ViT-B-32": dict(embed_dim=512, patch_size=32, vision_width=768, vision_layers=12, text_width=512),
     "ViT-B-16": dict(embed_dim=512, patch_size=16, vision_width=768, vision_layers=12, text_width=512),
     "ViT-S-16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_layers=12, text_width=384),
     "RN50": dict(embed_dim=1024, patch_size=None, vision_width=64, vision_layers=(3, 4, 6, 3), text_width=512),
-    "tiny": dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=4, text_width=128, text_layers=4),  # ours
+    "tiny": dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=4, text_width=128,
+                 text_layers=4),
+    "tiny-4": dict(embed_dim=128, image_size=32, patch_size=4, vision_width=128, vision_layers=4, text_width=128,
+                   text_layers=4),  # 64 patches, where tiny has 16
 }
 
 
 def build(source, cls=CLIP, **overrides):
-    """A model of class cls, either new (source: a name in MODELS) or from weights (source: a state dict, whose shapes say the
-    sizes). overrides: keyword arguments of cls that replace or complete the sizes; a state dict does not tell quick_gelu."""
+    """A model of class cls. source is a name in MODELS for a new model, or a state dict, whose shapes say the sizes.
+    overrides: keyword arguments of cls that replace or complete the sizes. A state dict does not tell quick_gelu."""
     if isinstance(source, str):
-        return cls(**{"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source], **overrides})
+        sizes = {"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source]}
+        return cls(**{**sizes, **overrides})
 
     def depth(prefix):
         return len({key[len(prefix):].split(".")[0] for key in source if key.startswith(prefix)})
 
     conv, positions = source["visual.conv1.weight"], source["positional_embedding"]
-    sizes = dict(embed_dim=source["text_projection"].shape[1], context=len(positions), vocab=len(source["token_embedding.weight"]),
-                 text_width=positions.shape[1], text_layers=depth("transformer.resblocks."))
+    sizes = dict(
+        embed_dim=source["text_projection"].shape[1], context=len(positions), text_width=positions.shape[1],
+        vocab=len(source["token_embedding.weight"]), text_layers=depth("transformer.resblocks."))
     if "visual.proj" in source:
         grid = math.isqrt(len(source["visual.positional_embedding"]) - 1)
         sizes |= dict(patch_size=conv.shape[-1], image_size=grid * conv.shape[-1], vision_width=len(conv),
@@ -514,165 +615,278 @@ def build(source, cls=CLIP, **overrides):
     return model
 
 
+class ProtoCLIP(CLIP):
+    """CLIP with a projection head behind each tower, used only in training. The heads start equal. proto_loss has a
+    scale of its own, logit_scale_proto, because its softmax has K classes and CLIP's has N."""
+
+    def __init__(self, embed_dim, proj_hidden=2048, proj_dim=128, **sizes):
+        super().__init__(embed_dim, **sizes)
+        self.image_head, self.text_head = (projection_head(embed_dim, proj_hidden, proj_dim) for _ in range(2))
+        self.image_head.load_state_dict(self.text_head.state_dict())
+        self.logit_scale_proto = nn.Parameter(torch.tensor(math.log(1 / .07)))
+
+    def forward(self, images, tokens):
+        """Images [B, 3, S, S], tokens [B, L] -> unit rows image_features, text_features [B, D], unit rows h_image,
+        h_text [B, d] behind the heads, and the factors s and r. The heads take features that are not of unit norm."""
+        x, y = self.encode_image(images), self.encode_text(tokens)
+        image_features, text_features, h_image, h_text = (
+            F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1)
+            for f in (x, y, self.image_head(x), self.text_head(y)))
+        return image_features, text_features, h_image, h_text, self.logit_scale.exp(), self.logit_scale_proto.exp()
+
+
 # views and picture
 
-AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; none colours
-    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
+AUGMENT = {  # share of a picture's area that a crop keeps; colours: jitter is (probability, brightness, contrast,
+    # saturation, hue), the others are probabilities
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip has (.9, 1); none changes colours
+    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2's
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
-    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: it maps crops
 }
 
 
 def views(image, caption, rng, tokenizer, size, augment):
-    """One sample in the worker: image bytes and a caption -> uint8 picture [3, S, S], its colour parameters [8], tokens [L]."""
+    """One sample, made in a worker: image bytes and a caption -> dict of the crop images, uint8 [3, S, S], its colour
+    parameters colors [8] (where the augmentation changes colours) and tokens [L]. rng: random.Random."""
     area, colors = AUGMENT[augment]
     sample = {"images": data.random_resized_crop(image, size, area, rng), "tokens": tokenizer([caption])[0]}
-    return sample | {"colors": data.color_params(rng, **colors)} if colors else sample
+    if colors:
+        sample["colors"] = data.color_params(rng, **colors)
+    return sample
 
 
 def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
-    """Writes twelve pictures of a data set, each over the three texts that the model ranks highest among those of 64 pictures:
-    captions, or class names where there are none. A star marks its own."""
+    """Writes twelve pictures of a data set. Under each stand the three texts that the model ranks highest among the
+    texts of 64 pictures: captions, or class names where there are no captions. A star marks the picture's own text."""
     device, training = model.logit_scale.device, model.training
+    pictures = evaluator.Pictures(dataset, preprocess.size)
     places = range(0, len(dataset), max(1, len(dataset) // count))[:count]
-    images = [(i, image) for image, i in map(evaluator.Pictures(dataset, preprocess.size).__getitem__, places) if i >= 0][:show]
+    images = [(i, image) for image, i in map(pictures.__getitem__, places) if i >= 0][:show]
     own = {i: (dataset.captions(i) or [dataset.classnames[dataset.label(i)]])[0] for i in places}
     texts = sorted(set(own.values()))
     model.eval()
     with torch.inference_mode():
-        image_features = model.encode_image(preprocess.normalize(torch.stack([image for _, image in images]).to(device)))
+        batch = torch.stack([image for _, image in images]).to(device)
+        image_features = model.encode_image(preprocess.normalize(batch))
         text_features = F.normalize(model.encode_text(tokenizer(texts).to(device)), dim=-1)
         best = (image_features @ text_features.T).topk(min(3, len(texts)), 1).indices.tolist()
     model.train(training)
-    data.grid([image for _, image in images], ["\n".join(("* " if texts[j] == own[i] else "- ") + texts[j] for j in row)
-                                               for row, (i, _) in zip(best, images)], path)
+    lines = [[("* " if texts[j] == own[i] else "- ") + texts[j] for j in row] for row, (i, _) in zip(best, images)]
+    data.grid([image for _, image in images], ["\n".join(line) for line in lines], path)
 
 
-def prototype_picture(path, dataset, samples, labels, size, rows=12, members=5):
-    """Writes a row for each of the largest prototypes: its size, and members with their captions.
-
-    samples: number of the sample at each place of the episode [m]; labels: its prototype [m]; both on the CPU.
-    """
-    counts, order = labels.bincount().sort(descending=True)
-    images, captions = [], []
-    for prototype, count in zip(order[:rows].tolist(), counts.tolist()):
-        found = samples[labels == prototype].unique()[:members].tolist()
-        found = (found * members)[:members]  # a prototype of few samples shows them again
-        images += [data.center_crop(dataset.image(i), size) for i in found]
-        captions += [f"{prototype} ({count} pairs): {dataset.captions(i)[0]}" for i in found]
-    data.grid(images, captions, path, columns=members)
-
-
-# training: schedule, parameter groups, checkpoints
-
-def lr_at(step, total, warmup, lr, start=0., end=0.):
-    """Learning rate of step 0 .. total-1: linear to lr over the warmup steps, then half a cosine down to end. From 0 the first
-    step already takes lr / warmup (open_clip); from a start > 0 both ends of the line are included (SLIP, DeCLIP)."""
-    if step < warmup:
-        return start + (lr - start) * (step / max(1, warmup - 1) if start else (step + 1) / warmup)
-    return end + (lr - end) * .5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+def prototype_picture(out, dataset, episode, size, rows=12, members=5):
+    """Once there are clusters, writes image-prototypes.png and text-prototypes.png into the folder out: a row for each
+    of the largest clusters, with some of its pairs, its number and its count. size: side of a picture in pixels."""
+    if not episode.centroids.any():
+        return
+    samples = episode.samples.cpu()
+    for name, labels in (("text", episode.labels[0].cpu()), ("image", episode.labels[1].cpu())):
+        counts, order = labels.bincount().sort(descending=True)
+        images, captions = [], []
+        for cluster, count in zip(order[:rows].tolist(), counts.tolist()):
+            found = samples[labels == cluster].unique()[:members].tolist()
+            found = (found * members)[:members]  # a cluster of few pairs shows them again
+            images += [data.center_crop(dataset.image(i), size) for i in found]
+            captions += [f"{cluster} ({count} pairs): {dataset.captions(i)[0]}" for i in found]
+        data.grid(images, captions, Path(out, f"{name}-prototypes.png"), columns=members)
 
 
-def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay (token table too, and positions, which newer
-    open_clip spares); vectors and scalars (biases, norms, class token, logit_scale) and names that start with one of no_decay do not."""
-    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[parameter.ndim < 2 or name.startswith(tuple(no_decay))]["params"].append(parameter)
-    return groups
-
-
-def save_checkpoint(path, **state):
-    """Writes state (tensors and plain Python values only) in one move, so that a kill leaves the old file or the new one."""
-    try:
-        torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise SystemExit(f"{path} cannot be written: {error}") from None
-
-
-def load_checkpoint(path):
-    """The state that save_checkpoint wrote, on the CPU. SystemExit with a sentence if the file is cut off or foreign."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["script"], state["model"], state["tested"], state["pairs"]
-    except Exception as error:
-        raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin anew with "
-                         "--restart, or choose another --out") from None
-    return state
-
-
-def load_clip_state(path, quick_gelu=None, merges=None):
-    """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
-    dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it is ours and was trained with another activation than quick_gelu or with other merges of the
-    tokenizer (None: not compared)."""
-    try:
-        if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
-            content = bytearray(Path(path).read_bytes())
-            start = 8 + int.from_bytes(content[:8], "little")
-            header = {key: entry for key, entry in json.loads(content[8:start]).items() if key != "__metadata__"}
-            kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-            state = {key: torch.frombuffer(content, dtype=kinds[entry["dtype"]], count=math.prod(entry["shape"]),
-                                           offset=start + entry["data_offsets"][0]).view(entry["shape"]) for key, entry in header.items()}
-        else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-        script, activation, words = state.get("script"), state.get("sizes", {}).get("quick_gelu"), state.get("merges")
-        state = state.get("model", state.get("state_dict", state))
-        wrapped = re.compile(r"((module|text|_image_encoder|_text_encoder|_logit_scale)\.)*")  # by DDP, open_clip, TinyCLIP
-        state = {key[wrapped.match(key).end():]: value.float() if value.is_floating_point() else value for key, value in state.items()}
-        state["text_projection"], state["visual.conv1.weight"]
-        if script == "declip":  # its last token is the mask
-            state["token_embedding.weight"] = state["token_embedding.weight"][:-1]
-    except Exception as error:
-        raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
-    if None not in (activation, quick_gelu) and activation != quick_gelu:
-        raise SystemExit(f"{path} was trained with{'out' * quick_gelu} --quick-gelu: {'leave it out' if quick_gelu else 'give it'}")
-    if None not in (words, merges) and words != merges:
-        raise SystemExit(f"{path} was trained with other merges of the tokenizer: see --bpe")
-    return {key: value for key, value in state.items() if key.split(".")[0] in ENCODERS}
-
-
-def init_distributed():
-    """rank, world size and device of this process, from the environment that torchrun sets; 0, 1 without it."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if world > 1 and not dist.is_initialized():
-        store, *_ = next(dist.rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still has what a crashed attempt left in it
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    return rank, world, device
-
-
-# recipes and flags
-
-RECIPES = {  # batch size is global, warm-up in steps; episodes of m pairs with K = m / 10 prototypes, as in the released README
-    "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy",
-                episode_size=4096, prototypes=400, warmup_episodes=6),  # ours, half of the episodes; no other colours: they are named
-    "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="protoclip",
-                  episode_size=20_000, prototypes=2000, warmup_episodes=1),  # ours
-    # README of the released code, 8 GPUs: 21.47 % zero-shot with the external teacher (CLIP: 19.46), on 2.5 M of the pairs
-    "cc3m": dict(model="RN50", batch_size=512, epochs=32, lr=5e-4, warmup=15_625, weight_decay=.5, augment="protoclip",
-                 episode_size=200_000, prototypes=20_000, warmup_episodes=1),
-    # none was released: clip.py's, with the episodes of cc3m (ours)
-    "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="protoclip",
-                  episode_size=200_000, prototypes=20_000, warmup_episodes=1),
-    "yfcc15m": dict(model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5, augment="protoclip",
-                    episode_size=200_000, prototypes=20_000, warmup_episodes=1),
+RECIPES = {  # batch size of all ranks together, warm-up in steps; K = m / 10 as in the README of the released code
+    # toy and small are ours. toy has CLIP's loss in half of the episodes. It keeps colours, because captions name them.
+    "toy": dict(
+        model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy",
+        episode_size=4096, prototypes=400, warmup_episodes=6),
+    "small": dict(
+        model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="protoclip",
+        episode_size=20_000, prototypes=2000, warmup_episodes=1),
+    # README of the released code, on 8 GPUs and 2.5 M of the pairs. On one GPU it has batch 64, lr 5e-5, warm-up 2000
+    # and 8 epochs, and reaches 14.5 % (CLIP: 12.3).
+    "cc3m": dict(
+        model="RN50", batch_size=512, epochs=32, lr=5e-4, warmup=15_625, weight_decay=.5, augment="protoclip",
+        episode_size=200_000, prototypes=20_000, warmup_episodes=1),
+    # No recipe was released: clip.py's, with the episodes of cc3m.
+    "cc12m": dict(
+        model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="protoclip",
+        episode_size=200_000, prototypes=20_000, warmup_episodes=1),
+    "yfcc15m": dict(
+        model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5, augment="protoclip",
+        episode_size=200_000, prototypes=20_000, warmup_episodes=1),
 }
 
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = init_distributed()
+
+    # data
+    dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
+    epoch_steps = fill_in(args, dataset, world, device)
+    args.episode_size, args.prototypes, steps, total = plan_episodes(
+        len(dataset), args.batch_size, args.epochs, args.episode_size, args.prototypes, args.warmup)
+    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
+    tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
+    preprocess = data.Preprocess(args.image_size)
+    dataset.transform = partial(views, tokenizer=tokenizer, size=args.image_size, augment=args.augment)
+    batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
+    loader = data.loader(dataset, batches, args.workers, device)
+
+    # model
+    torch.manual_seed(args.seed)
+    sizes = dict(quick_gelu=args.quick_gelu, proj_hidden=args.proj_hidden, proj_dim=args.proj_dim)
+    model = build(args.model, ProtoCLIP, image_size=args.image_size, vocab=tokenizer.vocab_size,
+                  context=tokenizer.context, **sizes).to(device)
+    about = describe(args, dataset, tokenizer, preprocess, sizes)
+    saved = find_run(args, about, device)
+    if args.init and not saved:
+        load_towers(model, evaluator.load_clip_state(args.init, args.quick_gelu, about["merges"]), args)
+    for module in model.modules():
+        if hasattr(module, "checkpoint_activations"):
+            module.checkpoint_activations = args.checkpoint_activations
+    if isinstance(model.visual, ModifiedResNet):
+        model.visual.to(memory_format=torch.channels_last)
+    # the authors' values, for ResNets and for ViTs; their heads have no weight decay
+    betas, eps = ((.9, .999), 1e-8) if isinstance(model.visual, ModifiedResNet) else ((.9, .98), 1e-6)
+    optimizer = torch.optim.AdamW(
+        param_groups(model, args.weight_decay, ("image_head.", "text_head.")), args.lr, betas, eps, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    meter = Meter(args.out, args.batch_size, device)
+    teacher = open_teacher(args.teacher_features, dataset, tokenizer, args.out, rank, anew=not saved)
+    episode = Episode(args.episode_size, args.prototypes, args.proj_dim, external=teacher is not None).to(device)
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter, episode=episode)  # what is saved
+    step, tested, best = 0, 0, -1.
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"])
+        step, tested, best = saved["step"], saved["tested"], saved["best"]
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
+        model.compile()
+    parallel = model if world == 1 else DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    # bf16 has fp32's range and needs no loss scaling; fp16 does, and large ViTs have diverged in it
+    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
+    if rank == 0:
+        start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
+    saved = None  # gigabytes that nobody needs any more
+
+    def save(name):
+        if rank == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(Path(args.out, name), **about, **states, step=step, tested=tested, best=best,
+                            rng=torch.get_rng_state())
+
+    def evaluate():
+        """After an episode in which tests are due, or at the start of a run that was killed before them."""
+        nonlocal tested, best
+        due = args.eval_every * epoch_steps  # steps between tests
+        if step % steps or step == tested or (step // due == (step - steps) // due and step < total):
+            return
+        tests = args.eval.split(",") if args.eval else []
+        results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
+        if rank == 0:
+            shown = evaluator.open_test(tests[0], root=args.data_root) if tests else dataset
+            picture(Path(args.out, "captions.png"), model, tokenizer, preprocess, shown)
+            prototype_picture(args.out, dataset, episode, preprocess.size)
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            write_log(args.out, step=step, eval=results)
+        tested = step
+        scores = [result[result["metric"]] for result in results.values()]
+        if scores and scores[0] > best:  # by the first test
+            best = scores[0]
+            save("best.pt")
+        save("last.pt")
+
+    # training
+    with catch_sigterm() as stop:
+        evaluate()
+        bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
+        meter.clear(step)
+        for number in range(step // steps, total // steps):
+            batches.epoch = number
+            batches.indices = sample_episode(args.seed, number, args.episode_size, len(dataset))
+            # Clusters of an untrained model mean nothing. The heads run all the same, because DDP waits for them. The
+            # authors have weights of 0 in the last two episodes too, where all learning rates are near 0 anyway.
+            warm = number >= args.warmup_episodes
+            w_proto, w_external = (args.w_proto, args.w_external) if warm else (0., 0.)
+            if step % steps == 0 and (w_proto or (w_external and teacher is not None)):
+                bar.set_postfix_str("extracting features")
+                batches.start, batches.stream = 0, 1  # the order of training, but other crops
+                h_image, h_text, samples = extract_features(parallel, loader, preprocess, amp, rank, world)
+                row = episode.find_prototypes(h_image, h_text, samples, teacher, args.kmeans_iters,
+                                              args.kmeans_restarts, args.target_temperature, args.seed)
+                row["extract_seconds"] = time.perf_counter() - meter.start - row["cluster_seconds"]
+                if rank == 0:  # a line of the next step, because a run that resumes here clusters again
+                    write_log(args.out, step=step + 1, episode=number, **row)
+                meter.clear(step)
+            batches.start, batches.stream = step % steps, 0
+            for batch in meter.watch(loader):
+                images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
+                if "colors" in batch:
+                    images = data.augment(images, batch["colors"].to(device, non_blocking=True))
+                statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    image_features, text_features, h_image, h_text, logit_scale, logit_scale_proto = parallel(
+                        preprocess.normalize(images), tokens)
+                clip = clip_loss(image_features, text_features, logit_scale)
+                first = step % steps * args.batch_size + rank * len(images)  # place of this batch in the episode
+                labels = episode.labels[:, first:first + len(images)]  # [terms, B]
+                terms = [proto_loss(h, D, T, t, logit_scale_proto) for h, D, T, t in zip(
+                    (h_image, h_text, h_image, h_text), episode.centroids, episode.targets, labels)]
+                proto = (terms[0] + terms[1]) / 2
+                external = (terms[2] + terms[3]) / 2 if teacher is not None else torch.zeros_like(clip)
+                loss = clip + w_proto * proto + w_external * external
+                losses = {"loss": loss, "clip": clip, "proto": proto, "external": external}
+
+                # the step; where the gradient, which DDP has averaged over the ranks, is not finite, nothing changes
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(step, total, args.warmup, args.lr)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+                # The authors' gradient of towers and heads is divided by the number of GPUs, and so clipped less often.
+                nn.utils.clip_grads_with_norm_(model.parameters(), args.clip_grad, norm)
+                losses["grad_norm"] = norm
+                good = norm.isfinite()
+                optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW skip the step without asking the host
+                optimizer.step()
+                scaler.update()
+                with torch.no_grad():
+                    for buffer, before in zip(model.buffers(), statistics):
+                        buffer.copy_(buffer.where(good, before))
+                    model.logit_scale.clamp_(0, math.log(100))  # not its exp: clamped, it has no gradient
+                    model.logit_scale_proto.clamp_(0, math.log(100))
+                step += 1
+
+                # only here the host waits for the device
+                meter.add(good, losses)
+                if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
+                    row, stopped = meter.row(step, stop)
+                    if rank == 0:
+                        row |= dict(lr=group["lr"], logit_scale=logit_scale.item())
+                        row |= dict(logit_scale_proto=logit_scale_proto.item())
+                        write_log(args.out, step=step, episode=number, **row)
+                    bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}, {row['pairs_per_second']:.0f} pairs/s")
+                    bar.update(step - bar.n)
+                    if stopped:
+                        save("last.pt")
+                        leave(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
+                if step % 1000 == 0 and step % steps:
+                    save("last.pt")
+            save("last.pt")  # before the tests, which take their time
+            evaluate()
+            meter.clear(step)
+    bar.close()
+    if rank == 0:
+        print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+# the run: flags, schedule, parameter groups, resume, log, checkpoints, process group
 
 def positive(text):
     """argparse's type for the whole numbers from 1."""
@@ -682,349 +896,302 @@ def positive(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="A flag not given takes the value of the recipe.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="A flag that is not given takes the value of the recipe.")
     add = parser.add_argument
-    add("--data", default="toy", help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
-    add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default $CLIP_DATA or ./datasets)")
-    add("--recipe", choices=RECIPES, help="default: by the name of --data; for a path small under 100,000 pairs, else cc3m")
+    add("--data", default="toy",
+        help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
+    add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default: $CLIP_DATA or ./datasets)")
+    add("--recipe", choices=RECIPES, help="default: the name of --data; else small (under 100,000 pairs) or cc3m")
     add("--model", choices=MODELS)
     add("--image-size", type=positive, help="side of the pictures in pixels (default: the model's)")
-    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that were trained with it")
+    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that know it")
     add("--batch-size", type=positive, help="pairs a step, all ranks together")
     add("--epochs", type=positive)
     add("--lr", type=float)
     add("--warmup", type=int, help="steps")
     add("--weight-decay", type=float)
     add("--augment", choices=AUGMENT, help="the image augmentation of that method")
-    add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU that has it, fp16 on others, off on the CPU")
-    add("--eval", help="comma list of test sets: toy, folders, names that eval.py knows")
-    add("--eval-every", type=positive, default=1, help="epochs")
+    add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 or else fp16 on a GPU, off on a CPU")
+    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is the best by the first")
+    add("--eval-every", type=positive, help="epochs (default: 1)")
     add("--init", help="start from these weights: a checkpoint of ours, OpenAI's or open_clip's")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpoint-activations", action="store_true", help="transformers keep less and compute a third more")
+    add("--checkpoint-activations", action="store_true", help="towers keep less and compute a third more")
     add("--workers", type=int, help="processes a rank that read data (default: its share of the cores; none for toy)")
     add("--seed", type=int, default=0)
     add("--limit", type=positive, help="only the first N pairs")
-    add("--subset", help="only the pairs whose keys stand in this file, one a line")
+    add("--subset", help="only pairs whose keys are in this file, one a line; after a tab, another caption")
     add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
     add("--log-every", type=positive, default=20, help="steps")
-    add("--out", help="default runs/<script>-<data>; a run that finds its own checkpoint there resumes")
+    add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("ProtoCLIP").add_argument
-    add("--episode-size", type=positive, help="m, pairs between two clusterings; cut to the data's and to whole batches")
+    add("--episode-size", type=positive, help="m, pairs between two clusterings; at most all, in whole batches")
     add("--prototypes", type=positive, help="K, clusters of each modality; at most a tenth of the episode")
     add("--kmeans-iters", type=positive, default=20)
     add("--kmeans-restarts", type=positive, default=3)
-    add("--target-temperature", type=float, default=.01, help="of the soft targets; 0: hard targets")
-    add("--w-proto", type=float, default=1., help="weight of the prototypes of the other modality")
-    add("--w-teacher", type=float, default=1., help="weight of the prototypes of --teacher-features")
-    add("--teacher-features", help="a .npy [pairs, any] in the order of the data, or captions: TF-IDF made of them (default: none)")
-    add("--warmup-episodes", type=int, help="first episodes, which train by the loss of CLIP alone")
-    add("--proj-hidden", type=positive, default=2048, help="width of the heads")
-    add("--proj-dim", type=positive, default=128, help="dimensions in which is clustered")
+    add("--target-temperature", type=float, default=.01, help="tau of the soft targets; 0: hard targets")
+    add("--w-proto", type=float, default=1., help="weight of what the other modality's clusters teach")
+    add("--w-external", type=float, default=1., help="weight of what the clusters of --teacher-features teach")
+    add("--teacher-features", help="the external teacher: a .npy [pairs, any] in the order of the data, or captions, "
+        "features made of the captions' words (default: none)")
+    add("--warmup-episodes", type=int, help="first episodes, which have CLIP's loss only")
+    add("--proj-hidden", type=positive, default=2048, help="width of the projection heads")
+    add("--proj-dim", type=positive, default=128, help="dimensions of the features that are clustered")
     add("--clip-grad", type=float, default=10., help="largest norm of the gradient")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device = init_distributed()
-
-    # data and settings
-    dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
-    args.recipe = args.recipe or (args.data if args.data in RECIPES else "small" if len(dataset) < 100_000 else "cc3m")
+def fill_in(args, dataset, world, device):
+    """Gives every flag that was not given its value, from the recipe, the model and the machine. Returns the steps of
+    an epoch. SystemExit where the values do not fit together."""
+    if not args.recipe and args.data in RECIPES:
+        args.recipe = args.data
+    elif not args.recipe and isinstance(dataset, data.ToyDataset):
+        args.recipe = "toy"
+    elif not args.recipe:
+        args.recipe = "small" if len(dataset) < 100_000 else "cc3m"
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
-    args.amp = args.amp or ("off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
-    args.out = args.out or f"runs/{Path(__file__).stem}-{Path(args.data).stem or 'data'}"
+    args.eval_every = args.eval_every or 1
+    if not args.amp and device.type == "cpu":
+        args.amp = "off"
+    elif not args.amp:
+        args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.out = args.out or f"runs/{Path(__file__).stem}-{data.run_name(args.data)}"
     if args.workers is None:
-        args.workers = 0 if args.data == "toy" else min(12, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        args.workers = data.default_workers(args.data, device)
     if min(args.lr, args.warmup, args.weight_decay, args.workers, args.seed) < 0:
         raise SystemExit("--lr, --warmup, --weight-decay, --workers and --seed cannot be negative")
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks")
-    batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
-    epoch_steps = len(batches)
-    args.episode_size = min(args.episode_size, len(dataset)) // args.batch_size * args.batch_size
-    args.prototypes = min(args.prototypes, args.episode_size // 10)
-    if not args.prototypes:
-        raise SystemExit(f"--episode-size: {args.episode_size} pairs, whole batches of {args.batch_size}, are too few for a prototype")
-    steps = args.episode_size // args.batch_size  # of an episode
-    episodes = max(1, round(args.epochs * epoch_steps / steps))
-    total = steps * episodes
-    if not steps or args.warmup >= total:
-        raise SystemExit(f"{len(dataset)} pairs make {total} steps in {args.epochs} epochs of batches of {args.batch_size}: too few "
-                         f"for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+    steps = len(dataset) // args.batch_size
+    if args.warmup >= steps * args.epochs:
+        raise SystemExit(
+            f"{len(dataset)} pairs make {steps * args.epochs} steps in {args.epochs} epochs of batches of "
+            f"{args.batch_size}: too few for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+    for test in args.eval.split(",") if args.eval else ():
+        evaluator.open_test(test, root=args.data_root)  # a wrong name should not cost an epoch
+    return steps
 
-    # resume
-    out = Path(args.out)
-    restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not after each crash under torchrun
-    saved = load_checkpoint(out / "last.pt") if (out / "last.pt").exists() and not restart else None
-    if saved:
-        changed = [f"{len(dataset)} pairs (was {saved['pairs']})"] * (saved["pairs"] != len(dataset))
-        changed += [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})" for name, value in vars(args).items()
-                    if name not in ("epochs", "workers", "out", "restart") and value != saved["flags"].get(name)]
-        if saved["script"] != Path(__file__).stem or changed:
-            raise SystemExit(f"{out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; give the same ones "
-                             "to resume it, another --out, or --restart to begin anew")
 
-    # model
-    torch.manual_seed(args.seed)
-    tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
+def lr_at(step, total, warmup, lr, start=0., end=0.):
+    """Learning rate of step 0 .. total-1: a line up to lr over the warmup steps, then half a cosine down to end. With
+    start 0 the first step has lr / warmup, as in open_clip. With start > 0 the line begins at start and reaches lr in
+    the last warm-up step, as in SLIP and DeCLIP."""
+    if step < warmup and start:
+        return start + (lr - start) * (step / max(1, warmup - 1))
+    if step < warmup:
+        return lr * ((step + 1) / warmup)
+    return end + (lr - end) * .5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def param_groups(model, weight_decay, no_decay=()):
+    """Two AdamW groups of the trainable parameters. Matrices decay, the token table and positions too (newer open_clip
+    spares positions). Vectors and scalars do not, nor do names that start with one of no_decay."""
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.ndim >= 2 and not name.startswith(tuple(no_decay)):
+            groups[0]["params"].append(parameter)
+        elif parameter.requires_grad:
+            groups[1]["params"].append(parameter)
+    return groups
+
+
+def load_towers(model, state, args):
+    """Loads the towers' weights of load_clip_state into a model that may have more. SystemExit if the shapes differ."""
+    own = {key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in evaluator.ENCODERS}
+    if {key: value.shape for key, value in state.items()} != own:
+        raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and "
+                         f"{len(model.token_embedding.weight)} tokens")
+    model.load_state_dict(state, strict=False)
+
+
+def describe(args, dataset, tokenizer, preprocess, sizes):
+    """What a checkpoint says beside its states: enough to use the model, and to know whether a run may go on from
+    it."""
     merges = "\n".join(map(" ".join, tokenizer.merges))
-    if saved and saved["merges"] != merges:
-        raise SystemExit(f"{out} holds a run with other merges of the tokenizer; choose another --out, or --restart to begin anew")
-    preprocess = data.Preprocess(args.image_size)
-    dataset.transform = partial(views, tokenizer=tokenizer, size=args.image_size, augment=args.augment)
-    loader = data.loader(dataset, batches, args.workers, device)
-    sizes = dict(image_size=args.image_size, vocab=tokenizer.vocab_size, context=tokenizer.context, quick_gelu=args.quick_gelu)
-    heads = dict(proj_hidden=args.proj_hidden, proj_dim=args.proj_dim)
-    model = build(args.model, ProtoCLIP, **sizes, **heads).to(device)
-    if args.init and not saved:
-        state = load_clip_state(args.init, args.quick_gelu, merges)
-        if {key: value.shape for key, value in state.items()} != {
-                key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in ENCODERS}:
-            raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and {tokenizer.vocab_size} tokens")
-        model.load_state_dict(state, strict=False)
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            module.checkpoint_activations = args.checkpoint_activations
-    if args.model == "RN50":
-        model.visual.to(memory_format=torch.channels_last)
-    betas, eps = ((.9, .999), 1e-8) if args.model == "RN50" else ((.9, .98), 1e-6)  # the authors', OpenAI's for ViTs
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, ("image_head.", "text_head.")), args.lr, betas, eps, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step, tested, best, failed, bad = 0, 0, -1., 0, 0
-    teacher, path = None, args.teacher_features
-    if path == "captions":
-        path = out / "teacher.npy"
-        if rank == 0 and not (saved and path.exists()):
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise SystemExit(f"--out {out}: {error.strerror}") from None
-            ids = [tokenizer.encode(" ".join(dataset.captions(i))) for i in range(len(dataset))]
-            np.save(out / "tmp.npy", caption_features(ids, tokenizer.vocab_size).numpy())
-            os.replace(out / "tmp.npy", path)
-        if world > 1:
-            dist.barrier()
-    if path:
-        try:
-            teacher = np.load(path, mmap_mode="r", allow_pickle=False)
-            if np.ndim(teacher) != 2 or len(teacher) != len(dataset):
-                raise ValueError(f"it holds {list(np.shape(teacher))}")
-        except (OSError, ValueError, EOFError) as error:
-            raise SystemExit(f"--teacher-features {path} is no .npy of {len(dataset)} rows, one a pair in use: {error}") from None
-    # the constants of an episode, of each term: image by text, text by image, image and text by the external teacher
-    terms = 2 if teacher is None else 4
-    prototypes = torch.zeros(terms, 2, args.prototypes, args.proj_dim, device=device)  # D and T; zeros give ln K and no gradient
-    labels = torch.zeros(terms, args.episode_size, dtype=torch.int64, device=device)  # by place in the episode: samples repeat
-    samples = torch.zeros(args.episode_size, dtype=torch.int64, device=device)  # number in the data set, by place
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        step, tested, best, failed, bad = (saved[name] for name in ("step", "tested", "best", "failed", "bad"))
-        prototypes, labels, samples = (saved[name].to(device) for name in ("prototypes", "labels", "samples"))
-    everywhere = gather(torch.tensor([[step, tested, len(dataset)]], device=device))  # [W, 3]
+    return dict(script=Path(__file__).stem, flags=vars(args), data=data.fingerprint(dataset), sizes=sizes,
+                preprocess=vars(preprocess), merges=merges, context=tokenizer.context)
+
+
+def find_run(args, about, device):
+    """The checkpoint in --out from which this run goes on, or None. about: what describe returns. SystemExit if the
+    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints."""
+    path, saved = Path(args.out, "last.pt"), None
+    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts the same command again
+    if path.exists() and (crashed or not args.restart):
+        saved = load_checkpoint(path)
+        # data and merges are compared by what they are; the recipe by its values, which are flags
+        free = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
+        changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})"
+                   for name, value in vars(args).items() if name not in free and value != saved["flags"].get(name)]
+        for name, what in (("data", "other pairs"), ("merges", "other merges of the tokenizer")):
+            if saved[name] != about[name]:
+                changed.append(what)
+        if saved["script"] != about["script"] or changed:
+            raise SystemExit(
+                f"{args.out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; "
+                "give the same ones to resume it, another --out, or --restart to begin anew")
+    progress = [saved["step"], saved["tested"]] if saved else [0, 0]
+    everywhere = gather(torch.tensor([[*progress, int(about["data"][:12], 16)]], device=device))  # [W, 3]
     if (everywhere != everywhere[0]).any():
-        raise SystemExit(f"ranks disagree on (step, tested step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
-        model.compile()
-    parallel = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        raise SystemExit(f"ranks disagree on (step, tested step, data): {everywhere.tolist()}; --out and --data must "
+                         "be the same on all machines")
+    return saved
 
-    # what the run leaves behind
-    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-    tests = args.eval.split(",") if args.eval else []
-    shown = [evaluator.open_test(test, root=args.data_root) for test in tests] or [dataset]  # a wrong name should not cost an epoch
-    if rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for name in ("last.pt", "best.pt") if args.restart and not saved else ():
-                (out / name).unlink(missing_ok=True)  # of the run before
-            rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
-            rows = [row for row in rows
-                    if row.endswith("}\n") and json.loads(row).get("step", 0) <= (tested if '"eval"' in row else step)]
-            (out / "log.tmp").write_text("".join(rows))
-            os.replace(out / "log.tmp", out / "log.jsonl")
-        except OSError as error:
-            raise SystemExit(f"--out {out}: {error.strerror}") from None
-        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-                       if value not in (None, "") and value is not False))
-        print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {total} steps on {world} x {device.type}, "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters" + (f", resumed at step {step}" if saved else ""))
-    saved = None  # gigabytes, of no more use
 
-    def log(**row):
-        if rank == 0:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
+def start_log(args, saved, dataset, model, plan):
+    """Before the first step, on rank 0. Makes --out, deletes the run before if --restart says so, cuts the log of a run
+    that goes on back to its checkpoint, prints the values in force and plan. SystemExit if --out cannot be written."""
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = []
+        if args.restart and not saved:
+            (out / "last.pt").unlink(missing_ok=True)
+            (out / "best.pt").unlink(missing_ok=True)
+        if saved and (out / "log.jsonl").exists():
+            rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
+            rows = [row for row in rows if row.endswith("}\n") and
+                    json.loads(row).get("step", 0) <= (saved["tested"] if '"eval"' in row else saved["step"])]
+        (out / "log.tmp").write_text("".join(rows))
+        os.replace(out / "log.tmp", out / "log.jsonl")
+    except OSError as error:
+        raise SystemExit(f"--out {out}: {error.strerror}") from None
+    print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+                   if value not in (None, "") and value is not False))
+    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {plan}, "
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+          + (f", resumed at step {saved['step']}" if saved else ""))
+    if saved and saved["flags"]["epochs"] != args.epochs:
+        print(f"--epochs {args.epochs} (was {saved['flags']['epochs']}): the learning rate follows the new schedule")
 
-    def save(name):
-        if rank == 0:
-            save_checkpoint(out / name, script=Path(__file__).stem, step=step, tested=tested, best=best, failed=failed, bad=bad,
-                            flags=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                            rng=torch.get_rng_state(), sizes=dict(quick_gelu=args.quick_gelu, **heads), preprocess=vars(preprocess),
-                            prototypes=prototypes, labels=labels, samples=samples,
-                            pairs=len(dataset), merges=merges, context=tokenizer.context)
 
-    def evaluate():
-        """After an epoch whose tests are due, or in a run that was killed before them."""
-        nonlocal tested, best
-        every = args.eval_every * epoch_steps  # steps between tests
-        if step % steps or step == tested or (step // every == (step - steps) // every and step < total):
-            return
-        results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root) if tests else {}
-        if rank == 0:
-            picture(out / "captions.png", model, tokenizer, preprocess, shown[0])
-            if prototypes.any():
-                for name, row in (("image", labels[1]), ("text", labels[0])):  # the labels of one teach the other
-                    prototype_picture(out / f"{name}-prototypes.png", dataset, samples.cpu(), row.cpu(), preprocess.size)
-            tqdm.write(f"step {step}: {evaluator.summary(results)}" if tests else f"step {step} of {total}")
-        tested = step
-        log(eval=results)
-        score = sum(r[r["metric"]] for r in results.values())
-        if tests and score > best:
-            best = score
-            save("best.pt")
-        save("last.pt")
+def write_log(out, **row):
+    """Adds a line to log.jsonl in the folder out."""
+    with open(Path(out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(row) + "\n")
 
-    def find_prototypes():
-        """Groups the samples of an episode -> prototypes, labels, samples, the same on all ranks."""
-        start, rows, k, tau = time.perf_counter(), [], args.prototypes, args.target_temperature
-        bar.set_postfix_str("extracting features")
-        model.eval()
-        with torch.no_grad():
-            for batch in loader:
-                images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
-                if "colors" in batch:
-                    images = data.augment(images, batch["colors"].to(device, non_blocking=True))
-                with torch.autocast(device.type, amp, enabled=amp is not None):
-                    _, _, *h, _, _ = parallel(preprocess.normalize(images), tokens)  # DDP: with rank 0's running statistics
-                rows.append([gather(x)[rank::world] for x in (*h, batch["index"].to(device))])  # rank, rank + W, ... of the episode
-        model.train()
-        h_image, h_text, index = map(torch.cat, zip(*rows))  # [m/W, d], [m/W, d], [m/W]
-        # in fp16 a new RN50 may overflow in eval mode, while its running statistics are still 0 and 1
-        h_image, h_text = h_image.nan_to_num(0, 0, 0), h_text.nan_to_num(0, 0, 0)
-        extracted = time.perf_counter()
-        with evaluator.full_fp32():
-            cluster = partial(kmeans, k=k, iters=args.kmeans_iters, restarts=args.kmeans_restarts, seed=args.seed)
-            by_image, C_image, image_objective = cluster(h_image)
-            by_text, C_text, text_objective = cluster(h_text)
-            taught = [(h_image, by_text, C_text, tau), (h_text, by_image, C_image, tau)]  # student, teacher
-            if teacher is not None:
-                features = torch.from_numpy(teacher[index.cpu().numpy()]).to(device, torch.float32)
-                by_teacher, C_teacher, _ = cluster(features.nan_to_num(0, 0, 0))
-                taught += [(h_image, by_teacher, C_teacher, 0), (h_text, by_teacher, C_teacher, 0)]  # hard targets
-            found = []
-            for h, t, C, temperature in taught:
-                D = cluster_means(h, t, k)
-                found.append(torch.stack([D, expected_target(C, D, temperature)]))
-        columns = gather(torch.stack([*(t for _, t, _, _ in taught), index])[None])  # [W, terms + 1, m/W]
-        columns = columns.permute(1, 2, 0).flatten(1)  # [terms + 1, m]: column j of rank r is place j W + r
-        # the row belongs to the step that follows: a run that resumes here cuts it and writes it again
-        log(step=step + 1, episode=episode, extract_seconds=extracted - start, cluster_seconds=time.perf_counter() - extracted,
-            image_objective=image_objective / args.episode_size, text_objective=text_objective / args.episode_size)
-        return torch.stack(found), columns[:-1], columns[-1]
 
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+class Meter:
+    """What happens between two log lines. Losses are summed on the device, so that no step waits for the host. failed
+    and bad count, since the run began, the pictures that were replaced and the steps that were skipped."""
 
-    # training
-    evaluate()
-    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
-    logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()  # since the last log line
-    streak = torch.zeros((), device=device)  # bad steps, one after the other
-    for episode in range(step // steps, episodes):
-        batches.epoch, batches.indices = episode, sample_episode(args.seed, episode, args.episode_size, len(dataset))
-        grouped = episode >= args.warmup_episodes  # a factor, 0 or 1: the heads run before too, as DDP waits for them
-        w_proto, w_teacher = grouped * args.w_proto, grouped * args.w_teacher * (teacher is not None)
-        if step % steps == 0 and (w_proto or w_teacher):
-            batches.start, batches.stream = 0, 1  # the same samples in the same order, in crops of their own
-            prototypes, labels, samples = find_prototypes()
-            start = time.perf_counter()
-        batches.start, batches.stream, tick = step % steps, 0, time.perf_counter()
+    def __init__(self, out, batch_size, device):
+        self.out, self.batch_size, self.device, self.failed, self.bad = out, batch_size, device, 0, 0
+        self.streak = torch.zeros((), device=device)  # bad steps, one after the other
+        self.clear(0)
+
+    def state_dict(self):
+        return {"failed": self.failed, "bad": self.bad}
+
+    def load_state_dict(self, state):
+        self.failed, self.bad = state["failed"], state["bad"]
+
+    def clear(self, step):
+        """Begins a new line after this step."""
+        self.step, self.sums, self.skipped, self.waited, self.start = step, 0, 0, 0., time.perf_counter()
+
+    def watch(self, loader):
+        """Iterates over the loader; counts the seconds that it is waited for and the pictures that it replaced."""
+        tick = time.perf_counter()
         for batch in loader:
-            waited += time.perf_counter() - tick
-            skipped += int(batch["skipped"].sum())
-            images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
-            if "colors" in batch:
-                images = data.augment(images, batch["colors"].to(device, non_blocking=True))
-            statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                image_features, text_features, h_image, h_text, logit_scale, r = parallel(preprocess.normalize(images), tokens)
-            first = step % steps * args.batch_size + rank * len(images)  # place of this batch in the episode
-            t = labels[:, first:first + len(images)]  # [terms, B]
-            clip = clip_loss(image_features, text_features, logit_scale)
-            proto = (proto_loss(h_image, *prototypes[0], t[0], r) + proto_loss(h_text, *prototypes[1], t[1], r)) / 2
-            external = torch.zeros_like(clip)
-            if teacher is not None:
-                external = (proto_loss(h_image, *prototypes[2], t[2], r) + proto_loss(h_text, *prototypes[3], t[3], r)) / 2
-            loss = clip + w_proto * proto + w_teacher * external
-            losses = {"loss": loss, "clip": clip, "proto": proto, "external": external}
-
-            # the step; where the gradient (of all ranks, DDP has averaged it) is not finite, everything stays as it was
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, total, args.warmup, args.lr)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            losses["grad_norm"] = norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            nn.utils.clip_grads_with_norm_(model.parameters(), args.clip_grad, norm)
-            good = norm.isfinite()
-            optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW leave weights and moments alone, without asking the host
-            optimizer.step()
-            scaler.update()
-            with torch.no_grad():
-                for buffer, before in zip(model.buffers(), statistics):
-                    buffer.copy_(buffer.where(good, before))
-                model.logit_scale.clamp_(0, math.log(100))  # the parameter: clamping its exp would end its gradient at the bound
-                model.logit_scale_proto.clamp_(0, math.log(100))
-            step += 1
-
-            # the host looks at the device only here
-            streak = (streak + 1).where(~good, 0)
-            sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
-            if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
-                totals = torch.cat([sums, streak[None], sums.new_tensor([skipped, waited, len(stop)])])
-                fine, *means, bad_in_a_row, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
-                count = step - logged
-                failed += round(skips * world)
-                bad += round(count - fine)
-                means = {name: mean / fine if fine else None for name, mean in zip(losses, means)}
-                speed = count * args.batch_size / (time.perf_counter() - start)
-                memory = {"memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
-                log(episode=episode, **means, lr=group["lr"], logit_scale=logit_scale.item(), pairs_per_second=speed, waited=waits,
-                    skipped=failed, bad_steps=bad, logit_scale_proto=r.item(), **memory)
-                bar.set_postfix_str(f"loss {means['loss'] or math.nan:.3f}, {speed:.0f} pairs/s")
-                bar.update(step - bar.n)
-                data.check_skipped(failed, step * args.batch_size)
-                if bad_in_a_row >= 20:
-                    raise SystemExit("20 steps in a row without a finite gradient; the last good weights are in "
-                                     f"{out / 'last.pt' if (out / 'last.pt').exists() else 'no file yet'}")
-                if stopped:
-                    save("last.pt")
-                    if world > 1:
-                        dist.barrier()
-                    raise SystemExit(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
-                logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()
-            if step % 1000 == 0 and step % steps:
-                save("last.pt")
+            self.waited += time.perf_counter() - tick
+            self.skipped += int(batch["skipped"].sum())
+            yield batch
             tick = time.perf_counter()
-        save("last.pt")  # before the tests, which take their time
-        evaluate()
-        start = time.perf_counter()
-    bar.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if rank == 0:
-        print(f"finished {total} steps; {out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
-    if world > 1:
-        dist.destroy_process_group()
+
+    def add(self, good, losses):
+        """One step. good: bool tensor []; losses: {name: scalar tensor}, of which bad steps are left out."""
+        self.names = list(losses)
+        self.streak = (self.streak + 1).where(~good, 0)
+        self.sums = self.sums + torch.stack([good, *losses.values()]).detach().where(good, 0)
+
+    def row(self, step, stop):
+        """The log line over all ranks, as a dict, and whether any rank was told to stop; begins a new line. SystemExit
+        if too many pictures fail or 20 steps in a row were bad."""
+        here = self.sums.new_tensor([self.skipped, self.waited, len(stop)])
+        everywhere = gather(torch.cat([self.sums, self.streak[None], here])[None])  # [W, columns]
+        columns = everywhere.mean(0).tolist()
+        fine, means, (streak, skipped, waited, stopped) = columns[0], columns[1:-4], columns[-4:]
+        count, seconds = step - self.step, time.perf_counter() - self.start
+        self.failed += round(skipped * len(everywhere))
+        self.bad += round(count - fine)
+        data.check_skipped(self.failed, step * self.batch_size)
+        if streak >= 20:
+            last = Path(self.out, "last.pt")
+            raise SystemExit("20 steps in a row without a finite gradient; "
+                             f"the last good weights are in {last if last.exists() else 'no file yet'}")
+        row = {name: mean / fine if fine else None for name, mean in zip(self.names, means)}
+        row |= dict(pairs_per_second=count * self.batch_size / seconds, waited=waited)
+        row |= dict(skipped=self.failed, bad_steps=self.bad)
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        self.clear(step)
+        return row, stopped > 0
+
+
+def save_checkpoint(path, **state):
+    """Writes state (tensors and plain Python values only) and renames, so that a kill leaves the old file or the
+    new."""
+    try:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written: {error}") from None
+
+
+def load_checkpoint(path):
+    """The state that save_checkpoint wrote, on the CPU. SystemExit with a sentence if the file is cut off or
+    foreign."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["script"], state["model"], state["tested"], state["data"]
+    except Exception as error:
+        raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin "
+                         "anew with --restart, or choose another --out") from None
+    return state
+
+
+@contextmanager
+def catch_sigterm():
+    """Yields a list that is empty until SIGTERM arrives, which torchrun and SLURM send before they kill. Puts the
+    handler that was there before back, however the block ends."""
+    stop, handler = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def leave(message):
+    """SystemExit with the message once all ranks are here, so that rank 0 has saved."""
+    if dist.is_initialized():
+        dist.barrier()
+    raise SystemExit(message)
+
+
+def init_distributed():
+    """rank, world size and device of this process, from the environment that torchrun sets; 0 and 1 without it."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1 and not dist.is_initialized():
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it keeps what a crashed attempt left in it
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    return rank, world, device
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python tests/curves.py concept "CLIP=runs/a,runs/b" "ProtoCLIP=runs/c,runs/d" > picture.svg     each evaluation, over steps
     python tests/curves.py concept "CLIP:1389=runs/a" "CLIP:2778=runs/b,runs/c" > picture.svg       the last one, over pairs
-    python tests/curves.py counts.csv toy-seen "CLIP=runs/a,runs/b" > picture.svg       accuracy over concept counts, from frequency.py --csv
+    python tests/curves.py counts.csv toy-seen "CLIP=runs/a,runs/b" > picture.svg     accuracy over concept counts, from
+                                                                                      frequency.py --csv
 """
 import csv
 import json
@@ -35,9 +36,10 @@ def read(test, specs):
 
 
 def frequencies(path, test, specs):
-    """{name: {upper edge of a bin of counts: mean accuracies in the bin, of all checkpoints}}; without specs a curve a checkpoint."""
+    """{name: {count of a bin's upper edge: mean accuracies in the bin, one a checkpoint}} from frequency.py's --csv;
+    a curve for each checkpoint if there are no specs."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    import frequency  # only here: it takes seconds
+    import frequency  # only here, since it takes seconds
     with open(path) as file:
         rows = [row for row in csv.DictReader(file) if row["test"] == test]
     curves = {}
@@ -45,20 +47,21 @@ def frequencies(path, test, specs):
         name, _, checkpoints = spec.partition("=")
         points = curves.setdefault(name, {})
         for checkpoint in (checkpoints or name).split(","):
-            mine = [row for row in rows if row["checkpoint"] == checkpoint]
+            mine = [(int(row["count"]), float(row["accuracy"])) for row in rows if row["checkpoint"] == checkpoint]
             if not mine:
                 raise SystemExit(f"{path} has no rows of {checkpoint} on {test}")
-            edges, means, _ = frequency.binned([int(row["count"]) for row in mine], [float(row["accuracy"]) for row in mine])
+            edges, means, _ = frequency.binned(*zip(*mine))
             for edge, value in zip(edges, means):
                 if not math.isnan(value):  # an empty bin
                     points.setdefault(math.exp(edge), []).append(value)
     if not curves:
-        raise SystemExit(f"{path} has no rows of the test {test}")
+        raise SystemExit(f"{path} has no rows on {test}")
     return curves
 
 
 def svg(title, curves, pairs, label=None):
-    """Lines of an SVG; curves: {name: {x: values of all runs}}, per cent; pairs: x is a number of pairs, else of steps, or what label says."""
+    """Lines of an SVG. curves: {name: {x: values of all runs}}, in per cent. pairs: x is a number of pairs, on a
+    logarithmic axis, else of steps. label: what x is, if it is neither."""
     ticks = sorted({x for points in curves.values() for x in points})
     lows, highs = zip(*[(mean(v) - spread(v), mean(v) + spread(v)) for points in curves.values() for v in points.values()])
     low, scale = 5 * math.floor(min(lows) / 5), math.log if pairs else float
@@ -103,7 +106,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
     if sys.argv[1].endswith(".csv"):
-        curves, label = frequencies(sys.argv[1], sys.argv[2], sys.argv[3:]), "training captions that mention the concept"
+        curves, label = frequencies(sys.argv[1], sys.argv[2], sys.argv[3:]), "captions that mention the concept"
         print(*svg(f"Accuracy on {sys.argv[2]}, %", curves, True, label), sep="\n")
     else:
         print(*svg(f"Recall at 10 on {sys.argv[1]}, %", *read(sys.argv[1], sys.argv[2:])), sep="\n")

@@ -406,6 +406,107 @@ def test_tars_and_tables_of_captions_alone(tmp_path):
     assert r["metric"] == "i2t@1" and r["i2t@1"] == r["t2i@1"] == 1 and "top1" not in r
 
 
+def test_rows_of_one_picture_are_its_captions(tmp_path):
+    """Tables of COCO and Flickr30k have a row a caption and five rows a picture."""
+    captions = {color: [f"{color} {i}" for i in range(5)] for color in COLORS}
+    for color in COLORS:
+        (tmp_path / f"{color}.png").write_bytes(picture(0, color))
+    rows = [(f"{'./' if i else ''}{color}.png", captions[color][i]) for i in range(5) for color in COLORS]
+    (tmp_path / "five.tsv").write_text("filepath\ttitle\n" + "".join(f"{name}\t{text}\n" for name, text in rows))
+    with open(tmp_path / "five.jsonl", "w") as file:
+        for color in COLORS:
+            file.write(json.dumps({"filename": f"{color}.png", "caption": captions[color]}) + "\n")
+    paths = [str(tmp_path / "five.tsv"), str(tmp_path / "five.jsonl")]
+    reads, model = [], Means()
+    whole = model.encode_image
+    model.encode_image = lambda images: reads.append(len(images)) or whole(images)
+    results = evaluator.evaluate(model, TOKENIZER, PREPROCESS, paths)
+    assert results["five.tsv"] == results["five.jsonl"] and reads == [3, 3]  # each picture is encoded once
+    assert results["five.tsv"]["n"] == 3 and results["five.tsv"]["i2t@1"] == results["five.tsv"]["t2i@1"] == 1
+    texts, pairs = evaluator.captions_of(evaluator.open_test(paths[0]), torch.arange(3))
+    assert texts == sum(captions.values(), []) and pairs == [(i // 5, i) for i in range(15)]
+
+
+def test_a_caption_of_a_table_is_one_text_and_five_of_a_picture_count(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    captions = ["a red\nthing\twith a tab", *(f"red {i}" for i in range(6))]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"filename": "a.png", "caption": captions}))
+    texts, pairs = evaluator.captions_of(evaluator.open_test(str(tmp_path / "t.jsonl")), torch.arange(1))
+    assert texts == ["a red thing with a tab", "red 0", "red 1", "red 2", "red 3"] and len(pairs) == 5
+
+
+# folders of classes and files of names
+
+def numbered(path, count):
+    """Folders 0, 1, ..., count - 1, each with one picture whose file name says the folder."""
+    for i in range(count):
+        (path / str(i)).mkdir(parents=True)
+        (path / str(i) / f"of-{i}.png").write_bytes(picture(i))
+    return str(path)
+
+
+def test_numbers_as_folders_are_in_the_order_of_the_numbers(tmp_path):
+    folder = numbered(tmp_path / "v2", 12)
+    for names in (None, [f"name {i}" for i in range(12)]):
+        if names:
+            (tmp_path / "v2" / "classnames.txt").write_text("\n".join(names))
+        for split in ("test", "train"):
+            dataset = evaluator.open_test(folder, split)
+            assert dataset.classnames == (names or [str(i) for i in range(12)])
+            assert sorted(dataset.label(i) for i in range(12)) == [*range(12)]
+            for i in range(12):
+                assert dataset.image(i).endswith(f"of-{dataset.label(i)}.png")
+    mixed = numbered(tmp_path / "mixed", 12)
+    (tmp_path / "mixed" / "0").rename(tmp_path / "mixed" / "zero")
+    assert evaluator.open_test(mixed).classnames == ["1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9", "zero"]
+
+
+def test_a_parent_of_val_is_no_test(tmp_path):
+    image_folder(tmp_path / "set" / "val", (1, 1, 1))
+    with pytest.raises(SystemExit, match="set holds only the sub-folders val.*at least two classes"):
+        evaluator.open_test(str(tmp_path / "set"))
+    image_folder(tmp_path / "set" / "train", (1, 1, 1))
+    with pytest.raises(SystemExit, match="set holds only the sub-folders train, val"):
+        evaluator.open_test(str(tmp_path / "set"))
+    assert len(evaluator.open_test(str(tmp_path / "set" / "val"))) == 3
+
+
+@pytest.mark.parametrize("where", ["beside", "above", "folder", "flag"])
+def test_files_of_class_names(tmp_path, where):
+    """The same rules beside a tar, one folder up, in a folder of folders, and for --classnames."""
+    sample = {"png": picture(0), "cls": b"0"}
+    if where == "folder":
+        image_folder(tmp_path / "set", (1, 1, 1))
+    else:
+        write_tar(tmp_path / "set" / ("test" if where == "above" else "") / "0.tar", [sample])
+    path = tmp_path / "names.txt" if where == "flag" else tmp_path / "set" / "classnames.txt"
+
+    def names(content):
+        path.write_bytes(content)
+        if where == "flag":
+            return evaluator.read_classnames(str(path), "--classnames")
+        return evaluator.open_test(str(tmp_path / "set")).classnames
+
+    for content in ("a\nb\ncafé", "\ufeffa\r\nb\r\ncafé\r\n", "a\rb\rcafé\r", "a\nb\ncafé\n\n \n\t\n"):
+        assert names(content.encode()) == ["a", "b", "café"]
+    assert names("a\u2028x\nb\x0cy\nc|d".encode()) == ["a\u2028x", "b\x0cy", "c|d"]  # no line ends
+    for wrong, reason in (("a\nb\ncafé".encode("latin-1"), str(path)), (b"a\n\nc", "line 2 .*blank name"),
+                          (b"a\nb|\nc", "line 2 .*blank name"), (b"\n\n", "empty")):
+        with pytest.raises(SystemExit, match=reason):
+            names(wrong)
+
+
+def test_files_of_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff\r\nsee {}!\r\n\r\n  \r\n{}\r\n\r\n".encode())
+    assert evaluator.read_templates(str(path)) == ["see {}!", "{}"]
+    for wrong, reason in ((b"{}\n\nsee it", "--templates: line 3"), (b" \n", "--templates: .*empty"),
+                          ("{} café".encode("latin-1"), "--templates")):
+        path.write_bytes(wrong)
+        with pytest.raises(SystemExit, match=reason):
+            evaluator.read_templates(str(path))
+
+
 def test_equal_short_names_stay_apart(tmp_path):
     folders = [image_folder(tmp_path / name / "shades", (1, 1, 1)) for name in "ab"]
     assert list(evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, folders)) == ["shades", folders[1]]
@@ -451,12 +552,14 @@ def test_unknown_tests_are_explained(tmp_path):
     (tmp_path / "flat" / "class").mkdir()
     with pytest.raises(SystemExit, match="sub-folder"):
         evaluator.open_test(str(tmp_path / "flat"))
-    (tmp_path / "imagenet" / "n01440764").mkdir(parents=True)
-    (tmp_path / "imagenet" / "n01440764" / "a.png").write_bytes(picture(0))
+    for number in ("n01440764", "n01443537"):
+        (tmp_path / "imagenet" / number).mkdir(parents=True)
+        (tmp_path / "imagenet" / number / "a.png").write_bytes(picture(0))
     with pytest.raises(SystemExit, match="classnames.txt"):
         evaluator.open_test(str(tmp_path / "imagenet"))
-    assert evaluator.open_test(str(tmp_path / "imagenet"), classnames=["tench"]).classnames == ["tench"]
-    assert len(evaluator.open_test(str(tmp_path / "imagenet"), "train")) == 1  # a probe needs no names
+    names = ["tench", "goldfish"]
+    assert evaluator.open_test(str(tmp_path / "imagenet"), classnames=names).classnames == names
+    assert len(evaluator.open_test(str(tmp_path / "imagenet"), "train")) == 2  # a probe needs no names
     write_tar(tmp_path / "bare" / "0.tar", [{"png": picture(0), "cls": b"0"}])
     with pytest.raises(SystemExit, match="--classnames"):
         evaluator.evaluate(Means(), TOKENIZER, PREPROCESS, [str(tmp_path / "bare")])
@@ -501,7 +604,8 @@ def test_evaluation_leaves_the_model_and_the_random_state_alone(tmp_path):
 def test_folders_that_are_no_classes_are_refused(tmp_path):
     test, train = (image_folder(tmp_path / name, (2, 2, 2)) for name in ("test", "train"))
     (tmp_path / "train/green").rename(tmp_path / "train/yellow")
-    for flags, why in ((dict(train=[train], probe=True), "--train"), (dict(classnames=["a", "b"]), "3 folders"), (dict(tests=[test, ""]), "comma")):
+    for flags, why in ((dict(train=[train], probe=True), "--train"), (dict(classnames=["a", "b"]), "3 folders"),
+                       (dict(tests=[test, ""]), "comma")):
         with pytest.raises(SystemExit, match=why):
             evaluator.evaluate(Stub(), TOKENIZER, PREPROCESS, **(dict(tests=[test]) | flags))
     (tmp_path / "test/.hidden").mkdir()
@@ -525,7 +629,7 @@ def rank_main(rank, path):
             x, index = evaluator.encode_images(model, evaluator.open_test(f"{path}/shades"), PREPROCESS, batch_size=3)
             one, where = evaluator.encode_images(model, Endless(), PREPROCESS)  # most ranks have nothing
             torch.save((results, x, index, one, where), f"{path}/result-{world}-{rank}.pt")
-            time.sleep(.5)  # torch 2.6: destroying gloo deadlocks while its threads let go of the last tensors (pytorch 154976)
+            time.sleep(.5)  # torch 2.6: destroying gloo deadlocks while its threads hold the last tensors (pytorch 154976)
             dist.destroy_process_group()
 
 
@@ -596,12 +700,259 @@ def test_load_explains(saved, tmp_path):
         open(path, "wb").write(bad)
         with pytest.raises(SystemExit, match=reason):
             evaluator.load(path)
-    torch.save(model.state_dict(), path)
-    with pytest.raises(SystemExit, match="--init"):
+    torch.save({key: value for key, value in state.items() if key != "merges"}, path)
+    with pytest.raises(SystemExit, match="without merges"):
         evaluator.load(path)
+    torch.save(state, path)
+    with pytest.raises(SystemExit, match="without ema"):
+        evaluator.load(path, weights="ema")
     for nothing in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(SystemExit, match="no checkpoint"):
             evaluator.load(nothing)
+
+
+# weights of others
+
+@pytest.fixture
+def weights():
+    """State of a small clip.CLIP in fp16 numbers, so that a copy in fp16 is exact."""
+    import clip
+    torch.manual_seed(0)
+    model = clip.build("tiny", image_size=16, patch_size=8, vocab=516, context=64)
+    return {name: value.half().float() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def merges(tmp_path, monkeypatch):
+    """OpenAI's merges, were they only two."""
+    (tmp_path / "merges.txt").write_text("#version\nt h\nth e</w>\n")
+    monkeypatch.setenv("CLIP_BPE", str(tmp_path / "merges.txt"))
+
+
+def save_archive(state, path):
+    """As OpenAI's: TorchScript, fp16, with three numbers beside the weights."""
+    archive = nn.Module()
+    numbers = dict(input_resolution=torch.tensor(16), context_length=torch.tensor(64), vocab_size=torch.tensor(516))
+    for key, value in (state | numbers).items():
+        *path_of, name = key.split(".")
+        module = archive
+        for part in path_of:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_buffer(name, value.half() if value.is_floating_point() else value)
+    torch.jit.script(archive).save(path)
+
+
+def save_safetensors(state, path):
+    header, content = {"__metadata__": {"format": "pt"}}, b""
+    for key, value in state.items():
+        raw = value.half().numpy().tobytes()
+        offsets = [len(content), len(content) + len(raw)]
+        header[key] = {"dtype": "F16", "shape": list(value.shape), "data_offsets": offsets}
+        content += raw
+    header = json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content)
+
+
+def is_text(name):
+    return not name.startswith(("visual", "logit"))
+
+
+def check_same(loaded, state):
+    assert set(loaded) == set(state)
+    for name, value in state.items():
+        assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value), name
+
+
+def tinyclip_prefix(name):
+    if name == "logit_scale":
+        return "_logit_scale."
+    return "_text_encoder.module." if is_text(name) else "_image_encoder.module."
+
+
+FORMS = {  # how others save what is in a state
+    "plain": lambda state: state,
+    "half": lambda state: {name: value.half() for name, value in state.items()},
+    "open_clip": lambda state: {"epoch": 3, "name": "run", "state_dict": {f"module.{k}": v for k, v in state.items()}},
+    "compiled": lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
+    "compiled then DDP": lambda state: {"state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+    "DDP then compiled": lambda state: {"state_dict": {f"_orig_mod.module.{k}": v for k, v in state.items()}},
+    "tower compiled": lambda state: {k.replace("visual.", "visual._orig_mod."): v for k, v in state.items()},
+    "CustomText": lambda state: {f"text.{k}" if is_text(k) else k: v for k, v in state.items()} | {
+        "text.attn_mask": torch.zeros(64, 64), "logit_bias": torch.zeros(())},
+    "CustomText in DDP": lambda state: {f"module._orig_mod.text.{k}" if is_text(k) else f"module.{k}": v
+                                        for k, v in state.items()},
+    "logit_scale [1]": lambda state: state | {"logit_scale": state["logit_scale"][None]},
+    "OpenAI's state dict": lambda state: state | {"input_resolution": torch.tensor(16), "vocab_size": torch.tensor(9)},
+    "TinyCLIP": lambda state: {"state_dict": {
+        tinyclip_prefix(k) + k: v
+        for k, v in state.items()} | dict.fromkeys(("image_encoder_without_ddp.visual.proj", "l0_module.z"), torch.zeros(2))},
+    "ours": lambda state: dict(script="clip", step=1, model=state | {
+        "projector.weight": torch.zeros(2), "logit_scale_proto": torch.zeros(())}),
+    "ours with a mask token": lambda state: dict(script="any", merges="t h\nth e</w>", model=state | {
+        "token_embedding.weight": torch.cat([state["token_embedding.weight"], torch.ones(1, 128)])}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_load_clip_state_of_dicts(weights, tmp_path, form):
+    torch.save(FORMS[form](weights), tmp_path / "weights.pt")
+    check_same(evaluator.load_clip_state(tmp_path / "weights.pt"), weights)
+
+
+def test_load_clip_state_of_archives_and_safetensors(weights, tmp_path, recwarn):
+    save_archive(weights, tmp_path / "openai.pt")
+    save_safetensors(FORMS["CustomText"](weights), tmp_path / "hub.safetensors")
+    recwarn.clear()
+    for name in ("openai.pt", "hub.safetensors"):
+        check_same(evaluator.load_clip_state(tmp_path / name), weights)
+    assert not recwarn.list  # torch.jit.load is deprecated
+
+
+def test_load_clip_state_of_a_resnet(tmp_path):
+    import clip
+    sizes = dict(embed_dim=64, image_size=64, patch_size=None, vision_width=16, vision_layers=(1, 1, 1, 1), context=64,
+                 vocab=516, text_width=64, text_layers=1)
+    state = clip.CLIP(**sizes).state_dict()
+    torch.save({f"_orig_mod.{k}": v for k, v in state.items()}, tmp_path / "resnet.pt")
+    check_same(evaluator.load_clip_state(tmp_path / "resnet.pt"), state)
+    assert evaluator.image_size(state) == 64
+
+
+def test_what_a_file_says_is_compared(weights, tmp_path):
+    path = tmp_path / "quick.pt"
+    torch.save(dict(script="clip", model=weights, sizes=dict(quick_gelu=True), merges="t h\nth e</w>"), path)
+    check_same(evaluator.load_clip_state(path, True, "t h\nth e</w>"), weights)
+    with pytest.raises(SystemExit, match="quick.pt was trained with --quick-gelu: give it"):
+        evaluator.load_clip_state(path, False)
+    with pytest.raises(SystemExit, match="quick.pt was trained with other merges"):
+        evaluator.load_clip_state(path, merges="t h")
+    torch.save(dict(script="clip", model=weights, sizes=dict(quick_gelu=False)), path)
+    with pytest.raises(SystemExit, match="quick.pt was trained without --quick-gelu: leave it out"):
+        evaluator.load_clip_state(path, True)
+    save_archive(weights, tmp_path / "openai.pt")
+    with pytest.raises(SystemExit, match="openai.pt was trained with --quick-gelu: give it"):
+        evaluator.load_clip_state(tmp_path / "openai.pt", False)
+    torch.save(weights, path)  # says nothing
+    for quick_gelu in (True, False):
+        check_same(evaluator.load_clip_state(path, quick_gelu, "t h"), weights)
+
+
+def without(state, start):
+    return {name: value for name, value in state.items() if not name.startswith(start)}
+
+
+FOREIGN = {  # other towers, and what the sentence names
+    "timm": (lambda state: without(state, "visual.") | {"visual.trunk.patch_embed.proj.weight": torch.zeros(8, 3, 8)},
+             "visual.trunk.patch_embed.proj.weight, but no visual.conv1.weight"),
+    "SigLIP": (lambda state: {f"text.{k}" if is_text(k) else k: v for k, v in without(state, "text_proj").items()} | {
+        "text.text_projection.weight": torch.zeros(8, 8), "logit_bias": torch.zeros(())}, "no text_projection"),
+    "CoCa": (lambda state: {f"text.{k}" if is_text(k) else k: v for k, v in state.items()} | {
+        "text.cls_emb": torch.zeros(128), "text_decoder.text_projection": torch.zeros(8, 8)}, "cls_emb"),
+    "LayerScale": (lambda state: state | {"visual.transformer.resblocks.0.ls_1.gamma": torch.zeros(128)}, "ls_1.gamma"),
+    "pooling": (lambda state: state | {"visual.attn_pool.query": torch.zeros(1, 8)}, "visual.attn_pool.query"),
+    "transformers": (lambda state: {"vision_model.embeddings.class_embedding": torch.zeros(8)},
+                     "vision_model.embeddings.class_embedding, but no visual.conv1.weight"),
+    "wide": (lambda state: state | {"visual.conv1.weight": torch.zeros(1280, 3, 8, 8)}, "1280 wide"),
+    "scale": (lambda state: without(state, "logit_scale"), "no logit_scale"),
+    "else": (lambda state: {"weight": torch.zeros(2)}, "it has weight, but no visual.conv1.weight"),
+    "nothing": (lambda state: {}, "no tensor"),
+    "list": (lambda state: [1, 2], "no whole file"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_towers_are_refused(weights, tmp_path, merges, kind):
+    make, reason = FOREIGN[kind]
+    torch.save(make(weights), tmp_path / "foreign.pt")
+    for read in (evaluator.load_clip_state, evaluator.load):
+        with pytest.raises(SystemExit, match=f"foreign.pt.*{reason}"):
+            read(tmp_path / "foreign.pt")
+
+
+def test_no_files_of_weights(weights, tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "text.safetensors").write_text("hello, hello, hello")
+    save_safetensors(weights, tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-100])
+    save_archive(weights, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-100])
+    for name in ("text.pt", "text.safetensors", "cut.safetensors", "cut.pt"):
+        with pytest.raises(SystemExit, match=f"{name} is no whole file"):
+            evaluator.load_clip_state(tmp_path / name)
+    with pytest.raises(SystemExit, match="no checkpoint .*missing.pt"):
+        evaluator.load_clip_state(tmp_path / "missing.pt")
+
+
+def test_a_torch_without_torchscript_says_what_to_take(weights, tmp_path, monkeypatch):
+    save_archive(weights, tmp_path / "openai.pt")
+    monkeypatch.delattr(torch.jit, "load")
+    with pytest.raises(SystemExit, match="openai.pt is a TorchScript archive.*state dict.*safetensors"):
+        evaluator.load_clip_state(tmp_path / "openai.pt")
+
+
+@pytest.mark.parametrize("form, given, quick_gelu", [
+    ("archive", None, True), ("archive", False, True), ("OpenAI's state dict", None, True),
+    ("plain", None, False), ("plain", False, False), ("plain", True, True), ("compiled then DDP", None, False)])
+def test_load_of_others(weights, merges, tmp_path, capsys, form, given, quick_gelu):
+    import clip
+    path = tmp_path / "other.pt"
+    if form == "archive":
+        save_archive(weights, path)
+    else:
+        torch.save(FORMS[form](weights), path)
+    model, tokenizer, preprocess = evaluator.load(path, quick_gelu=given)
+    expected = clip.build(weights, quick_gelu=quick_gelu).eval()
+    images, tokens = torch.randn(2, 3, 16, 16), TOKENIZER(["some red thing", "x"])
+    assert type(model) is clip.CLIP and not model.training
+    for ours, theirs in zip(model(images, tokens), expected(images, tokens)):
+        assert torch.equal(ours, theirs)
+    assert tokenizer.merges == [("t", "h"), ("th", "e</w>")] and tokenizer.context == 64
+    assert (preprocess.size, preprocess.mean, preprocess.std) == (16, data.MEAN, data.STD)
+    said = capsys.readouterr().out
+    if "archive" in form or "OpenAI" in form or given is not None:
+        assert not said
+    else:
+        assert said.count("\n") == 1 and "other.pt" in said and "GELU is assumed" in said and "--quick-gelu" in said
+
+
+def test_load_of_others_explains(weights, merges, tmp_path, monkeypatch):
+    path = tmp_path / "other.pt"
+    torch.save(weights, path)
+    with pytest.raises(SystemExit, match="other.pt is no checkpoint of these scripts.*ema"):
+        evaluator.load(path, weights="ema")
+    (tmp_path / "merges.txt").write_text("#version\nt h\n")
+    with pytest.raises(SystemExit, match="other.pt has 516 tokens.*515.*CLIP_BPE"):
+        evaluator.load(path)
+    monkeypatch.setenv("CLIP_BPE", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match="CLIP_BPE.*nowhere"):
+        evaluator.load(path)
+    torch.save(without(weights, "visual.ln_pre.weight"), path)
+    with pytest.raises(SystemExit, match="other.pt.*ln_pre.weight"):
+        evaluator.load(path)
+
+
+def test_several_checkpoints_in_one_table(saved, weights, merges, tmp_path, capsys):
+    ours, other, folder = saved[0], str(tmp_path / "other.pt"), image_folder(tmp_path / "shades", (2, 2, 2))
+    torch.save(weights, other)
+    arguments = ["--data", f"{folder},{folder}/", "--workers", "0", "--json", str(tmp_path / "out.json")]
+    evaluator.main([ours, other, "--quick-gelu", *arguments])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        [path, test] for path in (ours, other) for test in ("shades", f"{folder}/")]
+    table = json.loads((tmp_path / "out.json").read_text())
+    assert list(table) == [ours, other]
+    for path, results in table.items():
+        evaluator.main([path, "--quick-gelu", *arguments])
+        assert json.loads((tmp_path / "out.json").read_text()) == results
+    capsys.readouterr()
+    evaluator.main([ours, other, "--no-quick-gelu", "--images", f"{folder}/red/000.png", "--texts", "a", "b"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and lines[::4] == [f"{ours}:", f"{other}:"]
+    with pytest.raises(SystemExit, match="no checkpoint .*missing.pt"):
+        evaluator.main([ours, str(tmp_path / "missing.pt"), *arguments])
+    assert not capsys.readouterr().out  # before the first one is tested
 
 
 def test_load_refuses_a_module_that_stands_in_front(saved, tmp_path, monkeypatch):

@@ -1,0 +1,141 @@
+"""The arithmetic of tests/claims.py on made-up logs; its rows are commands that exist. Nothing is trained."""
+import importlib
+import json
+import math
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+import claims
+import data
+
+
+def write_log(folder, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def evaluated(step, top1, tune):
+    return {"step": step, "eval": {"toy-tune": {"top1": tune}, "toy": {"top1": top1}}}
+
+
+def a_log(tmp_path, scores, speed=128.):
+    """Log of a run that makes a step a second at speed 128, tested every 10 steps."""
+    rows = []
+    for i, (top1, tune) in enumerate(scores):
+        rows += [{"step": 10 * i + 5, "pairs_per_second": speed}, {"step": 10 * i + 10, "pairs_per_second": speed},
+                 evaluated(10 * i + 10, top1, tune)]
+    return write_log(tmp_path, rows)
+
+
+def test_last_best_and_equal_time(tmp_path):
+    run = claims.read_run(a_log(tmp_path / "a", [(.10, .2), (.30, .4), (.20, .4), (.40, .3)]), "top1")
+    assert run.steps == [10, 20, 30, 40] and run.seconds == pytest.approx([10, 20, 30, 40])
+    assert run.last() == pytest.approx(40) and run.probe is None
+    assert run.best() == pytest.approx(30)  # the first of the two best by the tuning half, not the best reported one
+    assert [run.after(t) for t in (0, 10, 15, 30, 35, 99)] == pytest.approx([10, 10, 20, 20, 30, 40])
+    slow = claims.read_run(a_log(tmp_path / "b", [(.10, .2), (.30, .4)], speed=64.), "top1")
+    assert slow.seconds == pytest.approx([20, 40]) and slow.after(30) == pytest.approx(20)
+
+
+def test_the_seconds_are_those_of_training_and_of_clustering(tmp_path):
+    rows = [{"step": 1, "extract_seconds": 3, "cluster_seconds": 2}, {"step": 10, "pairs_per_second": 256.},
+            evaluated(10, .1, .1), {"step": 11, "extract_seconds": 4, "cluster_seconds": 1},
+            {"step": 30, "pairs_per_second": 128.}, evaluated(30, .2, .2)]
+    assert claims.read_run(write_log(tmp_path, rows), "top1").seconds == pytest.approx([10, 35])
+
+
+def test_when_a_score_is_reached():
+    run = claims.Run([10, 20, 30], [1., 3., 4.], [10., 20., 15.], [0., 1., 2.])
+    assert run.reach(15) == pytest.approx((15, 2)) and run.reach(20) == pytest.approx((20, 3))
+    assert run.reach(20.1) is None
+    assert run.reach(5) == pytest.approx((10, 1))  # it was there at its first test
+    assert "never reaches" in claims.speed_up([run], [claims.Run([10, 20], [1., 2.], [10., 30.], [0., 1.])])
+    said = claims.speed_up([run], [claims.Run([10, 20, 30], [2., 4., 6.], [5., 15., 9.], [0., 1., .5])])
+    assert "(15.0 after 20 steps) after 15 steps - in 0.75 of the steps, 0.50 of the time, and 0.33 of" in said
+
+
+def test_pairs_for_the_same_accuracy():
+    curve = {1000: 10., 2000: 20., 4000: 18., 8000: 30.}
+    assert claims.pairs_for(curve, 15) == pytest.approx(1000 * math.sqrt(2))  # half way in the logarithm
+    assert claims.pairs_for(curve, 20) == pytest.approx(2000)  # the first time
+    assert claims.pairs_for(curve, 24) == pytest.approx(4000 * math.sqrt(2))
+    assert claims.pairs_for(curve, 31) is None and claims.pairs_for(curve, 3) == pytest.approx(1000)
+    assert claims.fewer_pairs(curve, 500, 20) == "4.0"
+    assert claims.fewer_pairs(curve, 500, 31) == "> 16.0"
+    assert claims.fewer_pairs(curve, 2000, 3) == "< 0.5"
+
+
+def test_worst_seed_against_best():
+    low, high = ([claims.Run([1], [1.], [x], [0.]) for x in scores] for scores in ((10., 12.), (12.5, 20.)))
+    said = claims.verdict(high, low, 1)
+    assert said.count("(above)") == 3 and "last 12.5 against 12.0" in said
+    assert claims.verdict(low, high, 1).count("(not above)") == 3
+
+
+def test_report(tmp_path, monkeypatch, capsys):
+    """Of runs that are finished: a table for each claim, the factor in pairs, a picture that is XML; no training."""
+    args = claims.parse_args(["--seeds", "2", "--out", str(tmp_path)])
+    for job in claims.jobs_of(claims.TOY, args):
+        score = .2 + .01 * job.seed + (.1 if job.name.startswith(("declip", "tiny", "attentive")) else 0)
+        score += .02 * math.log2(int(job.name[5:]) / 512) if re.fullmatch(r"clip-\d+", job.name) else 0
+        a_log(job.out, [(score / 2, .1), (score, .2)])
+        (job.out / "done").write_text(" ".join(job.words))
+    monkeypatch.setattr(claims, "ask", None)
+    claims.main(["--seeds", "2", "--out", str(tmp_path)])
+    text = (tmp_path / "claims.md").read_text()
+    assert f"0 of {2 * len(claims.TOY)} runs" in capsys.readouterr().out and text.count("### ") == len(claims.CLAIMS)
+    assert "| 1,024 | 22.5 ± 0.7 | 22.5 ± 0.7 | 30.5 ± 0.7 | 30.5 ± 0.7 | 16.0 | 16.0 | 16.0; 16.0 |" in text
+    assert "declip-1024: its worst seed against the best of clip-1024: last 30.0 against 23.0 (above)" in text
+    assert len(ElementTree.parse(tmp_path / "claims.svg").getroot()) == len(claims.CLAIMS)
+
+
+def test_finished_runs_are_skipped_and_a_failure_stops_only_what_needs_it(tmp_path, monkeypatch):
+    asked = []
+
+    def ask(words, out):
+        asked.append(words)
+        if out.name == "clip-1024-0":
+            raise RuntimeError("no room")
+        a_log(out, [(.1, .1)])
+
+    some = "clip-1024", "teacher", "tinyclip", "starved-teacher"
+    monkeypatch.setattr(claims, "ask", ask)
+    monkeypatch.setattr(claims, "TOY", [row for row in claims.TOY if row[0] in some])
+    with pytest.raises(SystemExit, match="clip-1024, seed 0, failed; no room\nstarved-teacher, seed 0, failed; no"):
+        claims.main(["--out", str(tmp_path), "--processes", "2"])
+    student = next(words for words in asked if words[0] == "tinyclip.py")
+    assert str(tmp_path / "teacher-0" / "last.pt") in student and "toy-tune,toy" in student and len(asked) == 3
+    with pytest.raises(SystemExit):
+        claims.main(["--out", str(tmp_path)])
+    assert [words[0] for words in asked[3:]] == ["clip.py"]  # the one that had failed
+
+
+def test_real_data_need_two_test_sets(tmp_path):
+    for flags, said in (([], "no .*vendor; there is no .*concept"), (["--tests", str(tmp_path)], "two test sets")):
+        with pytest.raises(SystemExit, match=said):
+            claims.main(["--data", str(tmp_path / "train"), "--out", str(tmp_path / "out"), *flags])
+    (tmp_path / "test" / "vendor").mkdir(parents=True)
+    (tmp_path / "test" / "concept").mkdir()
+    args = claims.parse_args(["--data", str(tmp_path / "train")])
+    job = next(job for job in claims.jobs_of(claims.REAL, args) if job.name == "starved-teacher")
+    assert {"runs/claims-real/every-4.txt", "runs/claims-real/clip-4-0/last.pt", args.tests, args.data} <= {*job.words}
+
+
+@pytest.mark.parametrize("rows", (claims.TOY, claims.REAL))
+def test_rows_are_commands_that_their_scripts_accept(rows):
+    names = [name for name, *_ in rows]
+    assert len({*names}) == len(names) and claims.LAST_OF_QUICK in names
+    for i, (_, _, command) in enumerate(rows):
+        script, *flags = re.sub(r"{[^}]*}", "x", command).split()
+        importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+        files = {*names[:i], "every-2", "every-4", "every-8"}
+        assert {*re.findall(r"{([^}]*)}", command)} <= files and "--epochs" in flags
+        assert "--data" not in flags or flags[flags.index("--data") + 1] in data.TOYS
+
+
+def test_the_tables_hold_all_that_claims_need_and_three_seeds_take_a_night():
+    assert {row[0] for row in claims.TOY + claims.REAL} >= {name for *_, of, by in claims.CLAIMS for name in of + by}
+    assert 3 * sum(minutes for _, minutes, _ in claims.TOY) / 2 / 60 < 8  # hours on two cores
