@@ -629,7 +629,8 @@ def rank_main(rank, path):
             x, index = evaluator.encode_images(model, evaluator.open_test(f"{path}/shades"), PREPROCESS, batch_size=3)
             one, where = evaluator.encode_images(model, Endless(), PREPROCESS)  # most ranks have nothing
             torch.save((results, x, index, one, where), f"{path}/result-{world}-{rank}.pt")
-            time.sleep(.5)  # torch 2.6: destroying gloo deadlocks while its threads hold the last tensors (pytorch 154976)
+            # torch 2.6: destroying gloo deadlocks while its threads hold the last tensors (pytorch 154976)
+            time.sleep(.5)
             dist.destroy_process_group()
 
 
@@ -785,9 +786,8 @@ FORMS = {  # how others save what is in a state
                                         for k, v in state.items()},
     "logit_scale [1]": lambda state: state | {"logit_scale": state["logit_scale"][None]},
     "OpenAI's state dict": lambda state: state | {"input_resolution": torch.tensor(16), "vocab_size": torch.tensor(9)},
-    "TinyCLIP": lambda state: {"state_dict": {
-        tinyclip_prefix(k) + k: v
-        for k, v in state.items()} | dict.fromkeys(("image_encoder_without_ddp.visual.proj", "l0_module.z"), torch.zeros(2))},
+    "TinyCLIP": lambda state: {"state_dict": {tinyclip_prefix(k) + k: v for k, v in state.items()} | {
+        "image_encoder_without_ddp.visual.proj": torch.zeros(2), "l0_module.z": torch.zeros(2)}},
     "ours": lambda state: dict(script="clip", step=1, model=state | {
         "projector.weight": torch.zeros(2), "logit_scale_proto": torch.zeros(())}),
     "ours with a mask token": lambda state: dict(script="any", merges="t h\nth e</w>", model=state | {
