@@ -1,92 +1,49 @@
-"""A-CLIP: CLIP on two views with half of their patches each, the half that the class token of an averaged tower looks at.
+"""A-CLIP: CLIP on two views with half of their patches each, the half that an averaged copy of the model looks at.
 
-The idea. A caption speaks of a part of its picture. Without half of its patches a view costs half as much. Chance (FLIP)
-may take what the caption names; if the right half goes, what stays fits the caption better. Which half that is, a second
-image tower says, whose weights are the running average (EMA) of the trained one's: it looks at a wide crop, whole and
-without changed colours, and the patches to which its class token pays attention stay. No text enters that choice; the tower
-has learned from text. For the price of one whole view there are two masked ones, which two losses compare: with each other
-(SimCLR), and with the averaged tower's feature of the wide crop (BYOL). A trained model uses all patches, without the
-tuning on whole pictures that FLIP ends with.
+The idea. Half of the patches cost half as much, and a caption speaks of only a part of its picture. FLIP drops patches
+at random and may drop what the caption names. A-CLIP asks a second image tower, whose weights are the running average
+(EMA) of the trained ones. It sees a wide crop of the picture, whole and in its own colours. The patches to which its
+class token pays attention stay. Two masked views cost about as much as one whole view. Two more losses compare them:
+SimCLR with each other, BYOL with the averaged tower's feature of the wide crop. At test time the model uses all
+patches.
 
-The loss. h_1, h_2: class tokens of the masked views after the last norm, W their projection, y: text features, h': the averaged
-tower's class token (no gradient):
+The loss. h_1 and h_2 are the class tokens of the masked views, W their projection, y the text feature. h' is the
+averaged tower's class token, without gradient. The networks g (SimCLR's projector), p (BYOL's projector) and r (BYOL's
+predictor) are small MLPs with batch norm; p' is the average of p.
 
-    score = mean over all layers and heads of softmax(<q_class, k> / 8), the patches' part of it     [B, P], one for both views
-    view v keeps the better half of its cells of 2x2 patches, 25 of 49, by the score read inside its crop
-    L = 1/2 [CLIP(W h_1, y) + CLIP(W h_2, y)] + NTXent(g(h_1), g(h_2); T = .1) + 2 mean_v (2 - 2 cos(r(p(h_v)), p'(h')))
+    score  = mean over layers and heads of softmax(<q_class, k> / 8), read at the patches     [B, P], for both views
+    view v keeps floor(cells / 2) + 1 of its cells of 2x2 patches, 25 of 49 for ViT-B-16, by the score inside its crop
+    clip   = 1/2 [ clip_loss(W h_1, y) + clip_loss(W h_2, y) ]
+    ntxent = NT-Xent between g(h_1) and g(h_2) at temperature 0.1
+    byol   = mean over v of 2 - 2 cos(r(p(h_v)), p'(h'))
+    L      = clip + ntxent + 2 byol
 
-g, p, r: small networks with batch norm; p' is p averaged, r is on the trained side only. Each CLIP term is over its own N x N
-pairs; the text tower runs once. After each step ema <- m ema + (1 - m) weights, m from .996 (--ema-momentum) to 1 along half a
-cosine: an average, because it changes slowly, and with it what is hidden and what BYOL aims at.
+After each step ema <- m ema + (1 - m) weights. The momentum m rises from --ema-momentum to 1 along half a cosine.
 
-What it brings, by its README: ImageNet zero-shot, ViT-B-16, 25 epochs of YFCC15M, batch 4096, single runs (SLIP: 42.8 %).
-    CLIP: all patches of one view            --mask none --views 1 --ssl 0 (and --augment clip)     37.6 %
-    FLIP: a random half of one view, of two  --mask random --views 1 (or 2) --ssl 0     35.0, 38.0
-    the attentive half of one view, of two   --views 1 (or 2) --ssl 0                   39.5, 41.3
-    A-CLIP; A-CLIP-eff                       default; --ema-size 112                    43.9, 42.9
-The paper has 28.5 for two views of the half that gets the least attention. So of 6.3 points masks and views bring 3.7,
-SimCLR and BYOL 2.6. A-CLIP with 50 and 100 epochs: 46.3, 48.0; ViT-L-16, 25: 48.9 (CLIP's 40.4). Nothing is published for
-CC3M and CC12M. (Random masks: 98 single patches; attentive: 25 cells = 100.)
+What it brought (authors' README: ImageNet zero-shot, ViT-B-16, 25 epochs of YFCC15M, one run each): CLIP 37.6 %, a
+random half of two views 38.0, their attentive half 41.3, A-CLIP 43.9; SLIP 42.8. It takes 1.16 times CLIP's time there
+(1.29 times the FLOPs), SLIP 2.67 times. A-CLIP-eff, whose averaged tower sees half the resolution (--ema-size 112), has
+42.9 % in 0.86 times CLIP's time. Memory: one more copy of the weights.
 
-The cost. ViT-B-16: 159 GFLOP a pair, 1.29 times CLIP's (two views of 101 tokens forward and backward, the average's 197
-forward); 1.08 times with --ema-size 112 (A-CLIP-eff). Its README clocks 1.16 and 0.86 of CLIP's time, SLIP 2.67 (2.3 times
-A-CLIP's), with unfused attention, whose matrices are half as large for two views of 101 tokens as for one of 197. We clock
-1.42 and 1.21 on a CPU core (tests/cost.py; batches of 4, where updates of all weights count for much). Memory: one more
-copy of the weights.
+Look at masks.png before you trust the masks: on small data they may miss the object (tests/RESULTS.md).
 
 How to run.
-    python aclip.py                                                      drawn toy data, any machine, minutes
-    torchrun --nproc_per_node=8 aclip.py --data yfcc15m --eval /imagenet/val       see RECIPES for the settings
-    python aclip.py --mask none --views 1 --ssl 0 --out runs/plain       CLIP, but for the frozen patch weights
-    python eval.py runs/aclip-toy/last.pt --data toy --weights ema       the averaged model
+    python aclip.py                                                              built-in pictures, minutes
+    torchrun --nproc_per_node=8 aclip.py --data yfcc15m --eval /imagenet/val     see RECIPES for the settings
+    python aclip.py --mask none --views 1 --ssl 0 --out runs/plain               CLIP, but for the frozen patch weights
+    python eval.py runs/aclip-toy/last.pt --data toy --weights ema               the averaged model
 
-Trained and averaged model are both tested (the latter's results: "by EMA") and both in a checkpoint, under "model" and "ema";
-best.pt is best by their sum. masks.png is the paper's figure from your run: the attention, and what the masks leave.
-
-Where the released code (microsoft/A-CLIP) does otherwise, by its slips; here is what was meant.
-    - Masks are off in its README's command (needs --mask-ratio above 0). Two whole views: 2.1 times CLIP's work.
-    - Its SimCLR compares view 1 with view 1: positives are equal, negatives alone have a gradient. Ours: view 1 with view 2.
-    - Its EMA crop, by a wrong index (its left edge is drawn from a height) and a bound taken too early (before its corner
-      moves), misses a part of a view in 70 % of the samples; that part scores 0 and is dropped first.
-    - ViT-S hands the mask ratio to the EMA tower too. With accumulation negatives are those of a micro-batch, and the EMA
-      moves once in each.
-    - It does not start: a module is missing, and a name is misspelt.
-    - Captions cut at 77 tokens lose their end token and are read at the start token, a constant, as in SLIP.
-Where this file does otherwise, by choice.
-    - OpenAI's ViT (a norm in front, eps 1e-5; ViT-S: heads of 64) for timm's; GELU for the text tower's QuickGELU; class
-      token without decay; bicubic crops and OpenAI's mean.
-    - EMA of the whole model, so that it can be tested. Theirs lacks token table, positions and last norm of the text tower
-      and borrows the trained ones; which of the two models the published figures are of is not said.
-    - All view crops of a score map are one grid_sample, without waiting for the GPU; theirs loops over pictures, and waits.
-    - The paper's figure gives the EMA tower the whole picture; here, as in the code, a crop around both views.
-    - A-CLIP-eff is only named in the paper; that its positions are interpolated is our guess.
-    - Colours jitter on the device; a flip of another method's --augment is left out, because crops must map onto each other.
-    - Batch norm (as theirs) is that of all ranks, for a head's input as a whole (both views), or losses would depend on the
-      number of GPUs; it keeps no running statistics, since only training needs it: train and eval mode are one here.
-
-Do the masks find the object? Where a new tower's class token looks is chance. The object's share that the averaged tower keeps:
-    by chance (9 of 16 cells)                                                                     56 %
-    eight untrained seeds on toy                                                               18-84 %
-    emoji pictures, 126 steps of 128 pairs, --ssl 0: attentive masks on one view, two               69, 68 %
-    the same with SimCLR and BYOL                                                                 61 %
-    toy, the default run: 384 steps of 128                                                        62 %
-    toy, CLIP's loss alone (--mask none --views 1 --ssl 0), 300 steps of 64                       88 %
-    toy, from a start that keeps 25 %, 168 steps of 64: m from .9; from .996                        34, 16 %
-So CLIP's loss finds it. On small data SimCLR and BYOL dilute that (we think because a background tells such pictures apart), and m
-from .996, whose average of a few hundred steps stays near its start, prevents it: hence .9 in our short recipes. Look at masks.png
-of your run before you trust the masks.
-
-Sources: Yang et al. 2023 (arXiv 2212.08653) and github.com/microsoft/A-CLIP; SLIP (arXiv 2112.12750), on whose code it stands.
+Sources: Yang et al. 2023 (arXiv 2212.08653), github.com/microsoft/A-CLIP, which builds on SLIP (arXiv 2112.12750).
 """
 import argparse
 import copy
 import json
 import math
 import os
-import re
 import signal
 import time
 from collections import OrderedDict
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -102,10 +59,10 @@ import data
 import eval as evaluator
 
 
-# loss
+# losses
 
 class Gather(torch.autograd.Function):
-    """all_gather along dimension 0 whose backward gives each rank the sum of the gradients that all ranks hold for its rows."""
+    """all_gather along dimension 0. The backward pass gives each rank the sum of all ranks' gradients for its rows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -121,23 +78,26 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """Rows of all ranks, rank-major: [B, ...] -> [N, ...], with gradient; x itself where there is no process group."""
+    """Rows of all ranks, rank 0's first: [B, ...] -> [N, ...], with gradient. Without a process group it returns x."""
     return Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
 
 
 def clip_loss(image_features, text_features, logit_scale):
-    """Symmetric InfoNCE of CLIP (section 2.3, figure 3) over all ranks, for the rows of this rank.
+    """CLIP's symmetric cross-entropy (Radford et al. 2021, figure 3) over the pairs of all ranks.
 
-    image_features, text_features: unit rows [B, D], row i of one belonging to row i of the other; B equal on all ranks.
-    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: near
-    100, bf16 knows multiples of .5 alone.
-    The mean over ranks is the loss of the whole batch; ln N for uninformative features.
+    image_features, text_features: unit rows [B, D]; row i of one belongs to row i of the other. B is equal on all
+    ranks. logit_scale: the factor s itself, not its log. Returns a scalar in at least fp32, also under autocast,
+    because bf16 rounds logits near 100 to multiples of 0.5. The mean over ranks is the loss of the whole batch.
+    Features that say nothing have the loss ln N.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
+        # SLIP gathers without gradient. A feature then learns only as a query (row), never as a candidate (column),
+        # which changes the direction of its gradient. open_clip without --local-loss --gather-with-grad divides it by
+        # W.
         all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
         rank = dist.get_rank() if len(all_x) > len(x) else 0  # one process has no process group
-        labels = torch.arange(len(x), device=x.device) + rank * len(x)  # where the own pairs stand among the N
+        labels = torch.arange(len(x), device=x.device) + rank * len(x)  # the columns of this rank's own pairs
         image_logits = logit_scale * x @ all_y.T  # [B, N]
         text_logits = logit_scale * y @ all_x.T  # [B, N]
         return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
@@ -146,9 +106,9 @@ def clip_loss(image_features, text_features, logit_scale):
 # the method: crops, masks, losses, batch norm of the heads, average of the weights
 
 def three_crops(size, rng, scale=(.5, 1.), ratio=(3 / 4, 4 / 3)):
-    """Boxes [3, 4] int64 (top, left, height, width) in a picture of size = (width, height): two random crops, as torchvision's
-    RandomResizedCrop draws them, and a box around both for the EMA tower, each of whose sides lies anywhere between theirs
-    and the picture's (the intent of datasets.py, GetThreeRandomResizedCrop). rng: random.Random."""
+    """Boxes [3, 4] int64 (top, left, height, width) in a picture of size = (width, height): two random crops, drawn by
+    torchvision's rule for RandomResizedCrop, and a wide crop for the EMA tower, which holds both. Each side of the wide
+    crop lies anywhere between theirs and the picture's. rng: random.Random. Released: GetThreeRandomResizedCrop."""
     width, height = size
     boxes = []
     for _ in range(2):
@@ -161,19 +121,24 @@ def three_crops(size, rng, scale=(.5, 1.), ratio=(3 / 4, 4 / 3)):
         else:  # the middle of a long picture
             w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
             boxes.append(((height - h) // 2, (width - w) // 2, h, w))
-    top, left = (rng.randint(0, min(box[side] for box in boxes)) for side in (0, 1))
-    bottom, right = (rng.randint(max(box[side] + box[side + 2] for box in boxes), end) for side, end in ((0, height), (1, width)))
+    # The released code draws the left side from a height and takes one bound before the corner moves. So its wide crop
+    # misses a part of a view in 70 % of the samples; that part scores 0 and is dropped first.
+    top = rng.randint(0, min(box[0] for box in boxes))
+    left = rng.randint(0, min(box[1] for box in boxes))
+    bottom = rng.randint(max(box[0] + box[2] for box in boxes), height)
+    right = rng.randint(max(box[1] + box[3] for box in boxes), width)
     return torch.tensor([*boxes, (top, left, bottom - top, right - left)])
 
 
 def attentive_keep(score, boxes, grid=None):
-    """The patches of two views that the attention of a third, wider one calls important: [2B, kept] int64, view 1 first.
+    """The patches of two views that the attention in a wide crop around them calls important: [2B, kept] int64, view 1
+    first.
 
-    score [B, P]: attention of the class token in the EMA view. boxes [B, 3, 4]: (top, left, height, width) of view 1, view 2
-    and the EMA view in one picture, in any unit. grid: patches along a side of the views (default: as in the EMA view).
-    The score is read (bilinear, edges continued) at the centre of each patch of a view; then floor(cells / 2) + 1 cells
-    of 2x2 patches stay, of single ones where the grid is odd or below 8. A-CLIP, ACLIP.get_mask and get_att_mask, for all
-    samples at once and without host sync.
+    score [B, P]: attention of the class token to each patch of the wide crop. boxes [B, 3, 4]: (top, left, height,
+    width) of view 1, view 2 and the wide crop in one picture, in any unit. grid: patches along a side of the views
+    (default: as many as the wide crop has). The score is read at the centre of each patch of a view, bilinear, and
+    continued at the edges. Then floor(cells / 2) + 1 cells stay. A cell is 2x2 patches, or one patch where the grid is
+    odd or below 8. Released: ACLIP.get_mask and get_att_mask, which loop over the pictures and wait for the GPU.
     """
     with torch.autocast(score.device.type, enabled=False):
         score = score.to(torch.promote_types(score.dtype, torch.float32))
@@ -181,10 +146,11 @@ def attentive_keep(score, boxes, grid=None):
         grid = grid or math.isqrt(P)
         side = 2 if grid % 2 == 0 and grid >= 8 else 1  # of a cell, in patches
         view_box, wide_box = boxes[:, :2].transpose(0, 1).flatten(0, 1), boxes[:, 2].repeat(2, 1)  # [2B, 4]
-        centres = (torch.arange(grid, dtype=score.dtype, device=score.device) + .5) / grid  # of patches, along a side of a view
+        centres = (torch.arange(grid, dtype=score.dtype, device=score.device) + .5) / grid  # of patches, along a side
         pixels = view_box[:, :2, None] + view_box[:, 2:, None] * centres  # [2B, (y, x), g] in the picture
-        y, x = (2 * (pixels - wide_box[:, :2, None]) / wide_box[:, 2:, None] - 1).unbind(1)  # in the EMA view, from -1 to 1
-        places = torch.stack([x[:, None, :].expand(-1, grid, -1), y[:, :, None].expand(-1, -1, grid)], 3)  # [2B, g, g, (x, y)]
+        y, x = (2 * (pixels - wide_box[:, :2, None]) / wide_box[:, 2:, None] - 1).unbind(1)  # in the wide crop, -1 to 1
+        x, y = x[:, None, :].expand(-1, grid, -1), y[:, :, None].expand(-1, -1, grid)  # [2B, g, g] each
+        places = torch.stack([x, y], 3)  # [2B, g, g, (x, y)]
         maps = score.view(B, 1, math.isqrt(P), -1).repeat(2, 1, 1, 1)
         seen = F.grid_sample(maps, places, padding_mode="border", align_corners=False)  # [2B, 1, g, g]
         cells = F.avg_pool2d(seen, side).flatten(1)  # [2B, cells]
@@ -194,15 +160,16 @@ def attentive_keep(score, boxes, grid=None):
 
 
 def random_keep(batch, patches, kept, generator=None):
-    """FLIP's random masks: [batch, kept] int64, kept of the numbers below patches in each row, without repetition."""
+    """FLIP's random masks: [batch, kept] int64, in each row kept different numbers below patches."""
     return torch.rand(batch, patches, generator=generator).argsort(1)[:, :kept]
 
 
 def ntxent_loss(a, b, temperature):
-    """NT-Xent of SimCLR (equation 1) over all ranks, for the rows of this rank.
+    """NT-Xent of SimCLR (Chen et al. 2020, equation 1) over all ranks, for the rows of this rank.
 
-    a, b [B, d]: two views, row i with row i; made unit here. Each of the 2N rows picks the other view of its picture among
-    the 2N - 1 other rows. Returns a scalar in at least fp32; N orthogonal pairs of equal rows: log(1 + 2 (N-1) exp(-1/T)).
+    a, b [B, d]: two views, row i of one belongs to row i of the other; they are made unit here. Each of the 2N rows
+    picks the other view of its picture among the 2N - 1 other rows. Returns a scalar in at least fp32. For N orthogonal
+    pairs of equal rows it is log(1 + 2 (N-1) exp(-1/T)).
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (a, b))
@@ -211,23 +178,24 @@ def ntxent_loss(a, b, temperature):
         labels = torch.arange(len(a), device=a.device) + rank * len(a)
 
         def one_way(x, others, own):
-            same = (x @ own.T).scatter(1, labels[:, None], -torch.inf)  # nobody picks itself
+            same = (x @ own.T).scatter(1, labels[:, None], -torch.inf)  # no row picks itself
             return F.cross_entropy(torch.cat([x @ others.T, same], 1) / temperature, labels)  # [B, 2N]
 
         return (one_way(a, all_b, all_a) + one_way(b, all_a, all_b)) / 2
 
 
 def byol_loss(prediction, target):
-    """Mean over rows of 2 - 2 cos (BYOL, equation 2): prediction, target [n, d]; no gradient for the target. A scalar in at
-    least fp32: 0 for the same direction, 2 for orthogonal rows, 4 for opposite ones. Local: the mean over ranks is exact."""
+    """Mean over rows of 2 - 2 cos (Grill et al. 2020, equation 2). prediction, target [n, d]; the target gets no
+    gradient. Returns a scalar in at least fp32: 0 for equal directions, 2 for orthogonal rows, 4 for opposite ones. It
+    compares rows of this rank only, so the mean over ranks is exact."""
     with torch.autocast(prediction.device.type, enabled=False):
         p, z = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (prediction, target.detach()))
         return (2 - 2 * F.cosine_similarity(p, z, dim=-1)).mean()
 
 
 class SyncBatchNorm(nn.Module):
-    """Batch norm of x [n, C] with the mean and variance of the rows of all ranks (n equal on all), also on the CPU, in at least
-    fp32. Keeps no running statistics: heads are for training only, so that there is nothing that a bad step could spoil."""
+    """Batch norm of x [n, C] with the mean and variance of the rows of all ranks (n equal on all), in at least fp32,
+    also on a CPU, which PyTorch's refuses. It keeps no running statistics: only training needs the heads."""
 
     def __init__(self, width, eps=1e-5):
         super().__init__()
@@ -243,8 +211,8 @@ class SyncBatchNorm(nn.Module):
 
 @torch.no_grad()
 def update_ema(ema, online, momentum):
-    """ema <- momentum * ema + (1 - momentum) * online, in place, for all parameters of two modules built alike. momentum: float
-    or tensor without dimensions (no host sync). 1 leaves ema as it is, 0 copies."""
+    """ema <- momentum * ema + (1 - momentum) * online, in place, for all parameters of two modules built alike.
+    momentum: a float, or a tensor [] so that the host need not wait. 1 leaves ema as it is, 0 copies."""
     for old, new in zip(ema.parameters(), online.parameters(), strict=True):
         old.lerp_(new, (1 - momentum).to(old.dtype) if torch.is_tensor(momentum) else 1 - momentum)
 
@@ -252,14 +220,14 @@ def update_ema(ema, online, momentum):
 # encoders: OpenAI's towers under open_clip's parameter names
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU; their weights need it."""
+    """OpenAI's approximation of GELU. Their weights need it; with plain GELU they load all the same and lose points."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with heads of 64, under the parameter names of nn.MultiheadAttention."""
+    """Multi-head self-attention with heads of width 64, under the parameter names of nn.MultiheadAttention."""
 
     def __init__(self, width):
         super().__init__()
@@ -284,7 +252,9 @@ class Block(nn.Module):
         self.attn = Attention(width)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU() if quick_gelu else nn.GELU(), c_proj=nn.Linear(4 * width, width)))
+            c_fc=nn.Linear(width, 4 * width),
+            gelu=QuickGELU() if quick_gelu else nn.GELU(),
+            c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, causal=False):  # [B, L, C]
         x = x + self.attn(self.ln_1(x), causal)
@@ -292,7 +262,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks one after the other; with checkpoint_activations each is recomputed in the backward pass to save memory."""
+    """A stack of blocks. With checkpoint_activations the backward pass computes each block again, to save memory."""
 
     def __init__(self, width, layers, quick_gelu=False):
         super().__init__()
@@ -309,7 +279,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """OpenAI's ViT: patches and a class token through pre-norm blocks; the class token is the picture's feature."""
+    """OpenAI's ViT: a class token and patches go through pre-norm blocks; the class token becomes the image feature."""
 
     def __init__(self, embed_dim, image_size, patch_size, width, layers, quick_gelu=False):
         super().__init__()
@@ -331,11 +301,88 @@ class VisionTransformer(nn.Module):
         return self.ln_post(self.transformer(self.embed(images))[:, 0]) @ self.proj
 
 
+class Bottleneck(nn.Module):
+    """ResNet bottleneck. In both branches an average pool before a convolution of stride 1 takes the place of a
+    stride."""
+
+    def __init__(self, inplanes, planes, stride=1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inplanes, planes, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
+        nn.init.zeros_(self.bn3.weight)  # every block starts as its shortcut
+        self.avgpool = nn.AvgPool2d(stride)
+        self.downsample = nn.Identity()
+        if stride > 1 or inplanes != 4 * planes:
+            self.downsample = nn.Sequential(OrderedDict([
+                ("-1", nn.AvgPool2d(stride)),
+                ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)),
+                ("1", nn.BatchNorm2d(4 * planes))]))
+
+    def forward(self, x):
+        out = self.bn1(self.conv1(x)).relu()
+        out = self.bn2(self.conv2(out)).relu()
+        out = self.bn3(self.conv3(self.avgpool(out)))
+        return (out + self.downsample(x)).relu()
+
+
+class AttentionPool2d(nn.Module):
+    """One attention step with heads of width 64. The query is the mean of the grid; keys and values are mean and
+    grid."""
+
+    def __init__(self, grid, width, embed_dim):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(width ** -.5 * torch.randn(1 + grid ** 2, width))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.c_proj = nn.Linear(width, embed_dim)
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(linear.weight, std=width ** -.5)
+
+    def forward(self, x):  # [B, C, h, w] -> [B, D]
+        x = x.flatten(2).transpose(1, 2)  # [B, P, C]
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding
+        q, k, v = (p(t).unflatten(-1, (-1, 64)).transpose(1, 2)
+                   for p, t in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x)))
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, 1, 64]
+        return self.c_proj(x.flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """OpenAI's ResNet. It differs from torchvision's in its three stem convolutions, in average pools in place of
+    strides and of the max pool, and in attention as the last pooling."""
+
+    def __init__(self, embed_dim, image_size, width, layers):
+        super().__init__()
+        # batch norms use the statistics of their own rank, as in all released code; they are all that ranks do not
+        # share
+        self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
+        self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(width // 2)
+        self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        inplanes = width
+        for i, depth in enumerate(layers):
+            planes = width * 2 ** i
+            blocks = [Bottleneck(inplanes, planes, 2 if i > 0 else 1)]
+            blocks += [Bottleneck(4 * planes, planes) for _ in range(depth - 1)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            inplanes = 4 * planes
+        self.attnpool = AttentionPool2d(image_size // 32, 32 * width, embed_dim)
+
+    def forward(self, images):  # [B, 3, S, S] -> [B, D]
+        x = self.bn1(self.conv1(images)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        x = self.avgpool(self.bn3(self.conv3(x)).relu())
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.attnpool(x)
+
+
 class MaskedVisionTransformer(VisionTransformer):
-    """A ViT that can run on some of its patches, and tell where its class token looks."""
+    """A ViT that can run on some of its patches and that tells where its class token looks."""
 
     def embed(self, images):
-        """As VisionTransformer.embed; for pictures of another size than the model's, positions are interpolated (bilinear)."""
+        """As VisionTransformer.embed. For pictures of another size than the model's, positions are interpolated,
+        bilinear. That is our guess for A-CLIP-eff, which the paper only names and the released code lacks."""
         grid, own = images.shape[-1] // self.conv1.kernel_size[0], math.isqrt(len(self.positional_embedding) - 1)
         if grid == own:
             return super().embed(images)
@@ -346,8 +393,8 @@ class MaskedVisionTransformer(VisionTransformer):
         return self.ln_pre(torch.cat([class_token, patches], 1) + torch.cat([self.positional_embedding[:1], positions]))
 
     def class_token(self, images, keep=None):
-        """[n, 3, S, S] -> the class token before its projection [n, C]. keep [n, k]: the patches that enter the first block, each
-        with the position that it has in the whole picture, in any order. None: all."""
+        """[n, 3, S, S] -> the class token before its projection [n, C]. keep [n, k]: the patches that enter the first
+        block, in any order, each with its position in the whole picture. None: all patches."""
         x = self.embed(images)
         if keep is not None:
             keep = F.pad(keep + 1, (1, 0))  # token 0, the class token, stays
@@ -355,31 +402,30 @@ class MaskedVisionTransformer(VisionTransformer):
         return self.ln_post(self.transformer(x)[:, 0])
 
     def attend(self, images):
-        """[n, 3, S, S] -> class token [n, C], score [n, P]: how much attention of the class token each patch gets, mean over all
-        layers and heads (MaskVisionTransformer.forward_features). Block and Attention written out, for fused attention does not
-        tell its weights; of these the class token's row alone is computed again."""
+        """[n, 3, S, S] -> class token [n, C] and score [n, P]: how much attention each patch gets from the class token,
+        mean over all layers and heads (released: MaskVisionTransformer.forward_features). Fused attention does not tell
+        its weights, so this writes out Block and Attention and computes the row of the class token once more."""
         x, score = self.embed(images), 0
         for block in self.transformer.resblocks:
             qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
             q, k, v = qkv.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # [n, heads, 1+P, 64] each
             logits = (q[:, :, :1] @ k.mT).squeeze(2) / 8  # <q_class, k> / 8: [n, heads, 1+P]
-            score = score + logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1).mean(1)[:, 1:]
+            weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+            score = score + weights.mean(1)[:, 1:]
             x = x + block.attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
             x = x + block.mlp(block.ln_2(x))
         return self.ln_post(x[:, 0]), score / len(self.transformer.resblocks)
 
 
-ModifiedResNet = None  # CLIP's constructor names it; A-CLIP has none, since a ResNet has no patches to drop
-
-
 class CLIP(nn.Module):
-    """The two towers and the temperature. vision_layers: a number for a ViT, four for the stages of a ResNet."""
+    """The two towers and the scale. vision_layers: one number for a ViT, four (one a stage) for a ResNet."""
+    image_tower = VisionTransformer
 
-    def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width, text_layers,
-                 quick_gelu=False):
+    def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width,
+                 text_layers, quick_gelu=False):
         super().__init__()
         if isinstance(vision_layers, int):
-            self.visual = VisionTransformer(embed_dim, image_size, patch_size, vision_width, vision_layers, quick_gelu)
+            self.visual = self.image_tower(embed_dim, image_size, patch_size, vision_width, vision_layers, quick_gelu)
         else:
             self.visual = ModifiedResNet(embed_dim, image_size, vision_width, vision_layers)
         self.transformer = Transformer(text_width, text_layers, quick_gelu)
@@ -387,9 +433,9 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(.01 * torch.randn(context, text_width))
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log of s; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:  # of out_proj and c_proj 2 x layers add up, so each starts smaller by the root
+        for block in self.transformer.resblocks:  # 2 * layers outputs add up, so each starts smaller by the square root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -400,71 +446,53 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def text_tokens(self, tokens):
-        """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. Causal:
-        position j knows nothing of what follows it, so the loader cuts captions after the longest one's end token."""
+        """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. The tower is
+        causal: nothing after the end token matters, so the loader cuts batches after the longest caption."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         return self.ln_final(self.transformer(x, causal=True))
 
     def encode_text(self, tokens, eot=None):
-        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token (eot [B]; the largest id if not given)."""
+        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: its places [B]; by default
+        the place of the largest id. Our tokenizer ends a caption that it cuts with an end token. SLIP's does not, and
+        then every long caption is read at the start token, where all are equal."""
         x = self.text_tokens(tokens)
-        return x[torch.arange(len(x), device=x.device), tokens.argmax(-1) if eot is None else eot] @ self.text_projection
+        eot = tokens.argmax(-1) if eot is None else eot
+        return x[torch.arange(len(x), device=x.device), eot] @ self.text_projection
 
     def forward(self, images, tokens):
-        """Images [B, 3, S, S], tokens [B, L] -> unit image_features [B, D], unit text_features [B, D], logit_scale (the factor)."""
-        image_features, text_features = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-                                         for x in (self.encode_image(images), self.encode_text(tokens)))
+        """Images [B, 3, S, S], tokens [B, L] -> unit image_features [B, D], unit text_features [B, D], the factor s."""
+        x, y = self.encode_image(images), self.encode_text(tokens)
+        image_features, text_features = (
+            F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1) for f in (x, y))
         return image_features, text_features, self.logit_scale.exp()
 
 
-class ACLIP(CLIP):
-    """CLIP whose image tower can drop patches, with the heads of SimCLR and BYOL on its class token (none if ssl_mlp_dim is 0).
-    The projection of the patches stays as it was drawn, which keeps a ViT's training stable (MoCo v3)."""
-
-    def __init__(self, *args, ssl_mlp_dim=4096, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.visual.__class__ = MaskedVisionTransformer  # the tower that CLIP drew, with more methods
-        self.visual.conv1.requires_grad_(False)
-        C, H = len(self.visual.class_embedding), ssl_mlp_dim
-        if H:
-            self.simclr = nn.Sequential(nn.Linear(C, H), SyncBatchNorm(H), nn.ReLU(), nn.Linear(H, H), SyncBatchNorm(H), nn.ReLU(),
-                                        nn.Linear(H, 256))
-            self.projector, self.predictor = (
-                nn.Sequential(nn.Linear(width, H, bias=False), SyncBatchNorm(H), nn.ReLU(), nn.Linear(H, 256, bias=False))
-                for width in (C, 256))
-
-    def forward(self, images, tokens, keep=None):
-        """Views [v*B, 3, S, S], view 1 first, tokens [B, L], patches to keep [v*B, k] or None for all -> unit image_features [v*B, D],
-        unit text_features [B, D], logit_scale (the factor), SimCLR's projection and BYOL's prediction [v*B, 256] or None."""
-        x = self.visual.class_token(images, keep)
-        image_features, text_features = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-                                         for x in (x @ self.visual.proj, self.encode_text(tokens)))
-        simclr, prediction = (self.simclr(x), self.predictor(self.projector(x))) if hasattr(self, "simclr") else (None, None)
-        return image_features, text_features, self.logit_scale.exp(), simclr, prediction
-
-
-ENCODERS = "visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale"
-MODELS = {  # sizes from OpenAI and open_clip; 224 pixels and 12 text layers where nothing else is said
+MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 text layers where nothing else is said
     "ViT-B-32": dict(embed_dim=512, patch_size=32, vision_width=768, vision_layers=12, text_width=512),
     "ViT-B-16": dict(embed_dim=512, patch_size=16, vision_width=768, vision_layers=12, text_width=512),
     "ViT-S-16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_layers=12, text_width=384),
-    "tiny": dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=4, text_width=128, text_layers=4),  # ours
-    "tiny-4": dict(embed_dim=128, image_size=32, patch_size=4, vision_width=128, vision_layers=4, text_width=128, text_layers=4),  # 8x8 patches
+    "RN50": dict(embed_dim=1024, patch_size=None, vision_width=64, vision_layers=(3, 4, 6, 3), text_width=512),
+    "tiny": dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=4, text_width=128,
+                 text_layers=4),
+    "tiny-4": dict(embed_dim=128, image_size=32, patch_size=4, vision_width=128, vision_layers=4, text_width=128,
+                   text_layers=4),  # 64 patches, where tiny has 16
 }
 
 
 def build(source, cls=CLIP, **overrides):
-    """A model of class cls, either new (source: a name in MODELS) or from weights (source: a state dict, whose shapes say the
-    sizes). overrides: keyword arguments of cls that replace or complete the sizes; a state dict does not tell quick_gelu."""
+    """A model of class cls. source is a name in MODELS for a new model, or a state dict, whose shapes say the sizes.
+    overrides: keyword arguments of cls that replace or complete the sizes. A state dict does not tell quick_gelu."""
     if isinstance(source, str):
-        return cls(**{"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source], **overrides})
+        sizes = {"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source]}
+        return cls(**{**sizes, **overrides})
 
     def depth(prefix):
         return len({key[len(prefix):].split(".")[0] for key in source if key.startswith(prefix)})
 
     conv, positions = source["visual.conv1.weight"], source["positional_embedding"]
-    sizes = dict(embed_dim=source["text_projection"].shape[1], context=len(positions), vocab=len(source["token_embedding.weight"]),
-                 text_width=positions.shape[1], text_layers=depth("transformer.resblocks."))
+    sizes = dict(
+        embed_dim=source["text_projection"].shape[1], context=len(positions), text_width=positions.shape[1],
+        vocab=len(source["token_embedding.weight"]), text_layers=depth("transformer.resblocks."))
     if "visual.proj" in source:
         grid = math.isqrt(len(source["visual.positional_embedding"]) - 1)
         sizes |= dict(patch_size=conv.shape[-1], image_size=grid * conv.shape[-1], vision_width=len(conv),
@@ -478,22 +506,56 @@ def build(source, cls=CLIP, **overrides):
     return model
 
 
+class ACLIP(CLIP):
+    """CLIP whose image tower can drop patches, with the heads of SimCLR and BYOL on its class token (none if
+    ssl_mlp_dim is 0). The patch weights stay as they were drawn, which keeps a ViT's training stable (MoCo v3)."""
+    image_tower = MaskedVisionTransformer  # released: timm's ViT, without the norm before the blocks
+
+    def __init__(self, *args, ssl_mlp_dim=4096, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.visual.conv1.requires_grad_(False)
+        C, H = len(self.visual.class_embedding), ssl_mlp_dim
+        if H:
+            self.simclr = nn.Sequential(
+                nn.Linear(C, H), SyncBatchNorm(H), nn.ReLU(), nn.Linear(H, H), SyncBatchNorm(H), nn.ReLU(),
+                nn.Linear(H, 256))
+            self.projector, self.predictor = (
+                nn.Sequential(
+                    nn.Linear(width, H, bias=False), SyncBatchNorm(H), nn.ReLU(), nn.Linear(H, 256, bias=False))
+                for width in (C, 256))
+
+    def forward(self, images, tokens, keep=None):
+        """Views [v*B, 3, S, S], view 1 first, tokens [B, L], patches to keep [v*B, k] or None for all -> unit
+        image_features [v*B, D], unit text_features [B, D], the factor s, SimCLR's projection and BYOL's prediction
+        [v*B, 256], or None for both."""
+        x = self.visual.class_token(images, keep)
+        image_features, text_features = (
+            F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1)
+            for f in (x @ self.visual.proj, self.encode_text(tokens)))
+        simclr, prediction = None, None
+        if hasattr(self, "simclr"):
+            simclr, prediction = self.simclr(x), self.predictor(self.projector(x))  # of both views as one batch
+        return image_features, text_features, self.logit_scale.exp(), simclr, prediction
+
+
 # views and picture
 
-AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; none colours
-    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
+AUGMENT = {  # share of a picture's area that a crop keeps; colours: jitter is (probability, brightness, contrast,
+    # saturation, hue), the others are probabilities
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip has (.9, 1); none changes colours
+    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2's
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
-    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: it maps crops
 }
 
 
 def aclip_views(image, caption, rng, tokenizer, size, augment, views, ema_size, random_patches):
-    """One sample in the worker: image bytes and a caption -> one or two views, uint8 [v, 3, S, S], their colour parameters
-    [v, 8], the EMA tower's picture without any, the three boxes [3, 4], tokens [L], and random masks [v, k] out of
-    random_patches patches if that is not 0. All crops are of one decoded picture, none flipped, so that they map onto each other."""
+    """One sample, made in a worker: image bytes and a caption -> dict of one or two views images, uint8 [v, 3, S, S],
+    their colour parameters colors [v, 8], the EMA tower's wide crop ema_images in its own colours, the three boxes [3,
+    4], tokens [L], and random masks keep [v, k] out of random_patches patches if that is not 0. All crops come from one
+    decoded picture. None is flipped, also where --augment flips, so that they map onto each other."""
     area, colors = AUGMENT[augment]
-    image = data.decode(image, (2 * size, 2 * size))  # a crop of half the area has more than size pixels a side then
+    image = data.decode(image, (2 * size, 2 * size))  # a crop of half the area then has more than size pixels a side
     boxes = three_crops(image.size, rng, area)
     *crops, wide = boxes.tolist()
     sample = {"images": torch.stack([data.resize_crop(image, box, size) for box in crops[:views]]), "boxes": boxes,
@@ -507,139 +569,214 @@ def aclip_views(image, caption, rng, tokenizer, size, augment, views, ema_size, 
 
 
 def masks_picture(path, ema, preprocess, dataset, show=8):
-    """The paper's figure from training pictures: what the EMA tower sees, where its class token looks (the greyer the less), and
-    the views without the patches that attentive masks drop."""
+    """Writes the paper's figure from training pictures: what the EMA tower sees, the same with grey where its class
+    token looks little, and the views with grey in place of the patches that attentive masks drop."""
     samples = [dataset[i, 0] for i in range(0, len(dataset), max(1, len(dataset) // show))][:show]
-    wide, boxes = (torch.stack([sample[name] for sample in samples]).to(ema.logit_scale.device) for name in ("ema_images", "boxes"))
+    wide, boxes = (torch.stack([sample[name] for sample in samples]).to(ema.logit_scale.device)
+                   for name in ("ema_images", "boxes"))
     with torch.no_grad():
         score = ema.visual.attend(preprocess.normalize(wide))[1]  # [B, P]
     grid = math.isqrt(len(ema.visual.positional_embedding) - 1)
     keep = attentive_keep(score, boxes, grid).cpu()  # [2B, k]
     kept = torch.zeros(len(keep), grid ** 2).scatter_(1, keep, 1).view(2, -1, grid, grid)
     low, high = score.aminmax(dim=1, keepdim=True)
-    light = ((score - low) / (high - low).clamp(min=1e-12)).cpu().unflatten(1, (math.isqrt(score.shape[1]), -1))  # [B, g, g]
+    light = ((score - low) / (high - low).clamp(min=1e-12)).cpu().unflatten(1, (math.isqrt(score.shape[1]), -1))
 
     def shade(image, light):  # grey where light [g, g] is 0
         return (128 + (image - 128.) * F.interpolate(light[None, None], image.shape[1:])[0]).byte()
 
-    cells = []
+    images, captions = [], []
     for b, sample in enumerate(samples):
-        cells += [(sample["ema_images"], dataset.captions(int(sample["index"]))[0]), (shade(sample["ema_images"], light[b]), "attention")]
-        cells += [(shade(view, kept[v, b]), f"view {v + 1}") for v, view in enumerate(sample["images"])]
-    data.grid(*zip(*cells), path, columns=2 + len(sample["images"]))
+        images += [sample["ema_images"], shade(sample["ema_images"], light[b])]
+        captions += [dataset.captions(int(sample["index"]))[0], "attention"]
+        for v, view in enumerate(sample["images"]):
+            images.append(shade(view, kept[v, b]))
+            captions.append(f"view {v + 1}")
+    data.grid(images, captions, path, columns=2 + len(samples[0]["images"]))
 
 
-# training: schedule, parameter groups, checkpoints
-
-def lr_at(step, total, warmup, lr, start=0., end=0.):
-    """Learning rate of step 0 .. total-1: linear to lr over the warmup steps, then half a cosine down to end. From 0 the first
-    step already takes lr / warmup (open_clip); from a start > 0 both ends of the line are included (SLIP, DeCLIP)."""
-    if step < warmup:
-        return start + (lr - start) * (step / max(1, warmup - 1) if start else (step + 1) / warmup)
-    return end + (lr - end) * .5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay (token table too, and positions, which newer
-    open_clip spares); vectors and scalars (biases, norms, class token, logit_scale) and names that start with one of no_decay do not."""
-    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[parameter.ndim < 2 or name.startswith(tuple(no_decay))]["params"].append(parameter)
-    return groups
-
-
-def save_checkpoint(path, **state):
-    """Writes state (tensors and plain Python values only) in one move, so that a kill leaves the old file or the new one."""
-    try:
-        torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise SystemExit(f"{path} cannot be written: {error}") from None
-
-
-def load_checkpoint(path):
-    """The state that save_checkpoint wrote, on the CPU. SystemExit with a sentence if the file is cut off or foreign."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["script"], state["model"], state["tested"], state["pairs"]
-    except Exception as error:
-        raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin anew with "
-                         "--restart, or choose another --out") from None
-    return state
-
-
-def load_clip_state(path, quick_gelu=None, merges=None):
-    """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
-    dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it is ours and was trained with another activation than quick_gelu or with other merges of the
-    tokenizer (None: not compared)."""
-    try:
-        if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
-            content = bytearray(Path(path).read_bytes())
-            start = 8 + int.from_bytes(content[:8], "little")
-            header = {key: entry for key, entry in json.loads(content[8:start]).items() if key != "__metadata__"}
-            kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-            state = {key: torch.frombuffer(content, dtype=kinds[entry["dtype"]], count=math.prod(entry["shape"]),
-                                           offset=start + entry["data_offsets"][0]).view(entry["shape"]) for key, entry in header.items()}
-        else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-        script, activation, words = state.get("script"), state.get("sizes", {}).get("quick_gelu"), state.get("merges")
-        state = state.get("model", state.get("state_dict", state))
-        wrapped = re.compile(r"((module|text|_image_encoder|_text_encoder|_logit_scale)\.)*")  # by DDP, open_clip, TinyCLIP
-        state = {key[wrapped.match(key).end():]: value.float() if value.is_floating_point() else value for key, value in state.items()}
-        state["text_projection"], state["visual.conv1.weight"]
-        if script == "declip":  # its last token is the mask
-            state["token_embedding.weight"] = state["token_embedding.weight"][:-1]
-    except Exception as error:
-        raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
-    if None not in (activation, quick_gelu) and activation != quick_gelu:
-        raise SystemExit(f"{path} was trained with{'out' * quick_gelu} --quick-gelu: {'leave it out' if quick_gelu else 'give it'}")
-    if None not in (words, merges) and words != merges:
-        raise SystemExit(f"{path} was trained with other merges of the tokenizer: see --bpe")
-    return {key: value for key, value in state.items() if key.split(".")[0] in ENCODERS}
-
-
-def init_distributed():
-    """rank, world size and device of this process, from the environment that torchrun sets; 0, 1 without it."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if world > 1 and not dist.is_initialized():
-        store, *_ = next(dist.rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still has what a crashed attempt left in it
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    return rank, world, device
-
-
-# recipes and flags
-
-RECIPES = {  # batch size is global, warm-up in steps
-    # ours; colours are what the captions of toy name, so they stay; an average that follows within the few hundred steps
-    "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", ssl_mlp_dim=512,
-                ema_momentum=.9, eval="toy"),
-    "small": dict(model="tiny-4", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="aclip", ssl_mlp_dim=512,
-                  ema_momentum=.9),  # ours
-    # YFCC15M: the values of A-CLIP's README command, with which (and masks, which it forgets) it reports 43.9 %; its argparse defaults
-    # are others (lr 3e-3, weight decay .1). AdamW's values, schedule, no clipping: as released. Epochs of CC3M and CC12M are
-    # SLIP's; a warm-up of one epoch
-    "cc3m": dict(model="ViT-B-16", batch_size=4096, epochs=40, lr=5e-4, warmup=700, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096,
-                 ema_momentum=.996),
-    "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096,
-                  ema_momentum=.996),
-    "yfcc15m": dict(model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5, augment="aclip", ssl_mlp_dim=4096,
-                    ema_momentum=.996),
+RECIPES = {  # batch size of all ranks together, warm-up in steps
+    # toy and small are ours. The captions of toy name colours, so its colours stay. The average follows within a few
+    # hundred steps: with m from .996 it stays near its start, where the masks are chance.
+    "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip",
+                ssl_mlp_dim=512, ema_momentum=.9, eval="toy"),
+    "small": dict(model="tiny-4", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="aclip",
+                  ssl_mlp_dim=512, ema_momentum=.9),
+    # Nothing is published for CC3M and CC12M; their epochs are SLIP's, their warm-up is one epoch.
+    "cc3m": dict(model="ViT-B-16", batch_size=4096, epochs=40, lr=5e-4, warmup=700, weight_decay=.5, augment="aclip",
+                 ssl_mlp_dim=4096, ema_momentum=.996),
+    "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="aclip",
+                  ssl_mlp_dim=4096, ema_momentum=.996),
+    # The command in A-CLIP's README, which reports 43.9 % (it forgets the masks). The defaults of its flags differ: lr
+    # 3e-3 and weight decay .1.
+    "yfcc15m": dict(model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5,
+                    augment="aclip", ssl_mlp_dim=4096, ema_momentum=.996),
 }
 
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = init_distributed()
+
+    # data
+    dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
+    steps = fill_in(args, dataset, world, device)  # of an epoch
+    total = steps * args.epochs
+    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
+    patch = MODELS[args.model]["patch_size"]
+    args.ema_size = args.ema_size or args.image_size
+    if not patch:
+        raise SystemExit(f"--model {args.model}: A-CLIP drops patches, which a ResNet does not have; choose a ViT")
+    if args.ema_size % patch:
+        raise SystemExit(f"--ema-size {args.ema_size} is not a multiple of {args.model}'s patches of {patch} pixels")
+    if args.ssl and args.views == 1:
+        raise SystemExit("--views 1 leaves SimCLR no second view to compare: give --ssl 0 too")
+    grid = args.image_size // patch
+    tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
+    preprocess = data.Preprocess(args.image_size)
+    dataset.transform = partial(
+        aclip_views, tokenizer=tokenizer, size=args.image_size, augment=args.augment, views=args.views,
+        ema_size=args.ema_size, random_patches=grid ** 2 if args.mask == "random" else 0)
+    batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
+    loader = data.loader(dataset, batches, args.workers, device)
+
+    # model
+    torch.manual_seed(args.seed)
+    sizes = dict(quick_gelu=args.quick_gelu, ssl_mlp_dim=args.ssl_mlp_dim if args.ssl else 0)
+    model = build(args.model, ACLIP, image_size=args.image_size, vocab=tokenizer.vocab_size, context=tokenizer.context,
+                  **sizes).to(device)
+    about = describe(args, dataset, tokenizer, preprocess, sizes)
+    saved = find_run(args, about, device)
+    if args.init and not saved:
+        load_towers(model, evaluator.load_clip_state(args.init, args.quick_gelu, about["merges"]), args)
+    for module in model.modules():
+        if hasattr(module, "checkpoint_activations"):
+            module.checkpoint_activations = args.checkpoint_activations
+    ema = copy.deepcopy(model).requires_grad_(False)  # the whole model, so that it can be tested; outside DDP
+    optimizer = torch.optim.AdamW(
+        param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    meter = Meter(args.out, args.batch_size, device)
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter, ema=ema)  # what is saved
+    step, tested, best = 0, 0, -1.
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"])
+        step, tested, best = saved["step"], saved["tested"], saved["best"]
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
+        model.compile()
+        ema.visual.attend = torch.compile(ema.visual.attend)
+    parallel = model if world == 1 else DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    # bf16 has fp32's range and needs no loss scaling; fp16 does, and large ViTs have diverged in it
+    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
+    if rank == 0:
+        start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
+    saved = None  # gigabytes that nobody needs any more
+
+    def save(name):
+        if rank == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(Path(args.out, name), **about, **states, step=step, tested=tested, best=best,
+                            rng=torch.get_rng_state())
+
+    def evaluate():
+        """After an epoch whose tests are due, or at the start of a run that was killed before them."""
+        nonlocal tested, best
+        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
+            return
+        tests = args.eval.split(",") if args.eval else []
+        results = {}
+        for name, net in (("", model), (" by EMA", ema)):
+            found = evaluator.evaluate(net, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
+            results |= {test + name: result for test, result in found.items()}
+        if rank == 0:
+            masks_picture(Path(args.out, "masks.png"), ema, preprocess, dataset)
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            write_log(args.out, step=step, eval=results)
+        tested = step
+        scores = [result[result["metric"]] for result in results.values()]
+        if scores and scores[0] > best:  # by the first test
+            best = scores[0]
+            save("best.pt")
+        save("last.pt")
+
+    # training
+    with catch_sigterm() as stop:
+        evaluate()
+        bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
+        meter.clear(step)
+        for epoch in range(step // steps, args.epochs):
+            batches.epoch, batches.start = epoch, step % steps
+            for batch in meter.watch(loader):
+                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+                images, colors, keep = (  # [2B, ...], view 1 first; None where there are none
+                    batch[name].transpose(0, 1).flatten(0, 1) if name in batch else None
+                    for name in ("images", "colors", "keep"))
+                if colors is not None:
+                    images = data.augment(images, colors)
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    with torch.no_grad():  # what the EMA tower says about the wide crop
+                        if args.mask == "attentive" or args.ssl:
+                            class_token, score = ema.visual.attend(preprocess.normalize(batch["ema_images"]))
+                        if args.mask == "attentive":
+                            keep = attentive_keep(score, batch["boxes"], grid)[:len(images)]
+                        if args.ssl:
+                            target = ema.projector(class_token).repeat(2, 1)  # [2B, 256]
+                    image_features, text_features, logit_scale, simclr, prediction = parallel(
+                        preprocess.normalize(images), batch["tokens"], keep)
+                image_views = image_features.chunk(args.views)
+                clip = torch.stack([clip_loss(x, text_features, logit_scale) for x in image_views]).mean()
+                ntxent = byol = clip.new_zeros(())
+                if args.ssl:
+                    ntxent = ntxent_loss(*simclr.chunk(2), .1)  # released: view 1 with itself, a slip
+                    byol = byol_loss(prediction, target)
+                loss = clip + ntxent + 2 * byol
+                losses = {"loss": loss, "clip": clip, "ntxent": ntxent, "byol": byol}
+
+                # the step; where the gradient, which DDP has averaged over the ranks, is not finite, nothing changes
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(step, total, args.warmup, args.lr, 1e-6, 1e-5)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()
+                optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW skip the step without asking the host
+                optimizer.step()
+                scaler.update()
+                with torch.no_grad():
+                    model.logit_scale.clamp_(0, math.log(100))  # not its exp: clamped, it has no gradient
+                step += 1
+                momentum = lr_at(step, total, 0, args.ema_momentum, end=1.)
+                update_ema(ema, model, torch.where(good, momentum, 1.))
+
+                # only here the host waits for the device
+                meter.add(good, losses)
+                if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
+                    row, stopped = meter.row(step, stop)
+                    if rank == 0:
+                        row |= dict(lr=group["lr"], logit_scale=logit_scale.item())
+                        write_log(args.out, step=step, epoch=epoch, **row)
+                    bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}, {row['pairs_per_second']:.0f} pairs/s")
+                    bar.update(step - bar.n)
+                    if stopped:
+                        save("last.pt")
+                        leave(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
+                if step % 1000 == 0 and step % steps:
+                    save("last.pt")
+            save("last.pt")  # before the tests, which take their time
+            evaluate()
+            meter.clear(step)
+    bar.close()
+    if rank == 0:
+        print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+# the run: flags, schedule, parameter groups, resume, log, checkpoints, process group
 
 def positive(text):
     """argparse's type for the whole numbers from 1."""
@@ -649,275 +786,299 @@ def positive(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="A flag not given takes the value of the recipe.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="A flag that is not given takes the value of the recipe.")
     add = parser.add_argument
-    add("--data", default="toy", help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
-    add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default $CLIP_DATA or ./datasets)")
-    add("--recipe", choices=RECIPES, help="default: by the name of --data; for a path small under 100,000 pairs, else cc3m")
+    add("--data", default="toy",
+        help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
+    add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default: $CLIP_DATA or ./datasets)")
+    add("--recipe", choices=RECIPES, help="default: the name of --data; else small (under 100,000 pairs) or cc3m")
     add("--model", choices=MODELS)
     add("--image-size", type=positive, help="side of the pictures in pixels (default: the model's)")
-    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that were trained with it")
+    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that know it")
     add("--batch-size", type=positive, help="pairs a step, all ranks together")
     add("--epochs", type=positive)
     add("--lr", type=float)
     add("--warmup", type=int, help="steps")
     add("--weight-decay", type=float)
     add("--augment", choices=AUGMENT, help="the image augmentation of that method")
-    add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU that has it, fp16 on others, off on the CPU")
-    add("--eval", help="comma list of test sets: toy, folders, names that eval.py knows")
-    add("--eval-every", type=positive, default=1, help="epochs")
+    add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 or else fp16 on a GPU, off on a CPU")
+    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is the best by the first")
+    add("--eval-every", type=positive, help="epochs (default: 1)")
     add("--init", help="start from these weights: a checkpoint of ours, OpenAI's or open_clip's")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpoint-activations", action="store_true", help="transformers keep less and compute a third more")
+    add("--checkpoint-activations", action="store_true", help="towers keep less and compute a third more")
     add("--workers", type=int, help="processes a rank that read data (default: its share of the cores; none for toy)")
     add("--seed", type=int, default=0)
     add("--limit", type=positive, help="only the first N pairs")
-    add("--subset", help="only the pairs whose keys stand in this file, one a line")
+    add("--subset", help="only pairs whose keys are in this file, one a line; after a tab, another caption")
     add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
     add("--log-every", type=positive, default=20, help="steps")
-    add("--out", help="default runs/<script>-<data>; a run that finds its own checkpoint there resumes")
+    add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
-    add = parser.add_argument_group("A-CLIP (--mask none --views 1 --ssl 0 is CLIP; with --mask random FLIP)").add_argument
-    add("--mask", choices=("attentive", "random", "none"), default="attentive", help="which half of the patches the trained tower sees")
+    add = parser.add_argument_group(
+        "A-CLIP (--mask none --views 1 --ssl 0 is CLIP; with --mask random FLIP)").add_argument
+    # released: masks are off unless a flag is given, which its README's command leaves out
+    add("--mask", choices=("attentive", "random", "none"), default="attentive",
+        help="which half of the patches the trained tower sees")
     add("--views", type=int, choices=(1, 2), default=2, help="masked views of a picture")
-    add("--ssl", type=int, choices=(0, 1), default=1, help="1: SimCLR between the views, BYOL from each to the EMA tower")
+    add("--ssl", type=int, choices=(0, 1), default=1, help="1: SimCLR between views, BYOL from each to the EMA tower")
     add("--ssl-mlp-dim", type=positive, help="hidden width of the heads of these two losses")
-    add("--ema-momentum", type=float, help="share of itself that the average keeps in the first step; it rises to 1 (half a cosine)")
-    add("--ema-size", type=positive, help="side of the EMA tower's pictures (default: --image-size; half of it is A-CLIP-eff)")
+    add("--ema-momentum", type=float, help="momentum of the average in the first step; it rises to 1 by half a cosine")
+    add("--ema-size", type=positive,
+        help="side of the EMA tower's pictures (default: --image-size; half of it is A-CLIP-eff)")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device = init_distributed()
-
-    # data and settings
-    dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
-    args.recipe = args.recipe or (args.data if args.data in RECIPES else "small" if len(dataset) < 100_000 else "cc3m")
+def fill_in(args, dataset, world, device):
+    """Gives every flag that was not given its value, from the recipe, the model and the machine. Returns the steps of
+    an epoch. SystemExit where the values do not fit together."""
+    if not args.recipe and args.data in RECIPES:
+        args.recipe = args.data
+    elif not args.recipe and isinstance(dataset, data.ToyDataset):
+        args.recipe = "toy"
+    elif not args.recipe:
+        args.recipe = "small" if len(dataset) < 100_000 else "cc3m"
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
-    args.amp = args.amp or ("off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
-    args.out = args.out or f"runs/{Path(__file__).stem}-{Path(args.data).stem or 'data'}"
+    args.eval_every = args.eval_every or 1
+    if not args.amp and device.type == "cpu":
+        args.amp = "off"
+    elif not args.amp:
+        args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.out = args.out or f"runs/{Path(__file__).stem}-{data.run_name(args.data)}"
     if args.workers is None:
-        args.workers = 0 if args.data == "toy" else min(12, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    patch = MODELS[args.model]["patch_size"]
-    args.ema_size = args.ema_size or args.image_size
-    if args.ema_size % patch:
-        raise SystemExit(f"--ema-size {args.ema_size} is not a multiple of the {patch} pixels of a patch of {args.model}")
-    if args.ssl and args.views == 1:
-        raise SystemExit("--views 1 leaves SimCLR no second view to compare: give --ssl 0 too")
+        args.workers = data.default_workers(args.data, device)
     if min(args.lr, args.warmup, args.weight_decay, args.workers, args.seed) < 0:
         raise SystemExit("--lr, --warmup, --weight-decay, --workers and --seed cannot be negative")
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks")
-    batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
-    steps = len(batches)  # of an epoch
-    total = steps * args.epochs
-    if not steps or args.warmup >= total:
-        raise SystemExit(f"{len(dataset)} pairs make {total} steps in {args.epochs} epochs of batches of {args.batch_size}: too few "
-                         f"for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
-
-    # resume
-    out = Path(args.out)
-    restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not after each crash under torchrun
-    saved = load_checkpoint(out / "last.pt") if (out / "last.pt").exists() and not restart else None
-    if saved:
-        changed = [f"{len(dataset)} pairs (was {saved['pairs']})"] * (saved["pairs"] != len(dataset))
-        changed += [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})" for name, value in vars(args).items()
-                    if name not in ("epochs", "workers", "out", "restart") and value != saved["flags"].get(name)]
-        if saved["script"] != Path(__file__).stem or changed:
-            raise SystemExit(f"{out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; give the same ones "
-                             "to resume it, another --out, or --restart to begin anew")
-
-    # model
-    torch.manual_seed(args.seed)
-    tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
-    merges = "\n".join(map(" ".join, tokenizer.merges))
-    if saved and saved["merges"] != merges:
-        raise SystemExit(f"{out} holds a run with other merges of the tokenizer; choose another --out, or --restart to begin anew")
-    preprocess = data.Preprocess(args.image_size)
-    grid = args.image_size // patch
-    dataset.transform = partial(aclip_views, tokenizer=tokenizer, size=args.image_size, augment=args.augment, views=args.views,
-                                ema_size=args.ema_size, random_patches=grid ** 2 if args.mask == "random" else 0)
-    loader = data.loader(dataset, batches, args.workers, device)
-    sizes = dict(image_size=args.image_size, vocab=tokenizer.vocab_size, context=tokenizer.context, quick_gelu=args.quick_gelu)
-    sizes["ssl_mlp_dim"] = args.ssl_mlp_dim if args.ssl else 0
-    model = build(args.model, ACLIP, **sizes).to(device)
-    if args.init and not saved:
-        state = load_clip_state(args.init, args.quick_gelu, merges)
-        if {key: value.shape for key, value in state.items()} != {
-                key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in ENCODERS}:
-            raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and {tokenizer.vocab_size} tokens")
-        model.load_state_dict(state, strict=False)
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            module.checkpoint_activations = args.checkpoint_activations
-    ema = copy.deepcopy(model).requires_grad_(False)  # equal on all ranks, as the weights are; no part of DDP
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-8, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step, tested, best, failed, bad = 0, 0, -1., 0, 0
-    if saved:
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        step, tested, best, failed, bad = (saved[name] for name in ("step", "tested", "best", "failed", "bad"))
-    everywhere = gather(torch.tensor([[step, tested, len(dataset)]], device=device))  # [W, 3]
-    if (everywhere != everywhere[0]).any():
-        raise SystemExit(f"ranks disagree on (step, tested step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
-        model.compile()
-        ema.visual.attend = torch.compile(ema.visual.attend)
-    parallel = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-
-    # what the run leaves behind
-    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-    tests = args.eval.split(",") if args.eval else []
-    for test in tests:
+    steps = len(dataset) // args.batch_size
+    if args.warmup >= steps * args.epochs:
+        raise SystemExit(
+            f"{len(dataset)} pairs make {steps * args.epochs} steps in {args.epochs} epochs of batches of "
+            f"{args.batch_size}: too few for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+    for test in args.eval.split(",") if args.eval else ():
         evaluator.open_test(test, root=args.data_root)  # a wrong name should not cost an epoch
-    if rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for name in ("last.pt", "best.pt") if args.restart and not saved else ():
-                (out / name).unlink(missing_ok=True)  # of the run before
-            rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
-            rows = [row for row in rows
-                    if row.endswith("}\n") and json.loads(row).get("step", 0) <= (tested if '"eval"' in row else step)]
-            (out / "log.tmp").write_text("".join(rows))
-            os.replace(out / "log.tmp", out / "log.jsonl")
-        except OSError as error:
-            raise SystemExit(f"--out {out}: {error.strerror}") from None
-        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-                       if value not in (None, "") and value is not False))
-        print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {total} steps on {world} x {device.type}, "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters" + (f", resumed at step {step}" if saved else ""))
-    saved = None  # gigabytes, of no more use
+    return steps
 
-    def log(**row):
-        if rank == 0:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
 
-    def save(name):
-        if rank == 0:
-            save_checkpoint(out / name, script=Path(__file__).stem, step=step, tested=tested, best=best, failed=failed, bad=bad,
-                            flags=vars(args), model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                            rng=torch.get_rng_state(), preprocess=vars(preprocess),
-                            sizes=dict(quick_gelu=args.quick_gelu, ssl_mlp_dim=sizes["ssl_mlp_dim"]),
-                            pairs=len(dataset), merges=merges, context=tokenizer.context)
+def lr_at(step, total, warmup, lr, start=0., end=0.):
+    """Learning rate of step 0 .. total-1: a line up to lr over the warmup steps, then half a cosine down to end. With
+    start 0 the first step has lr / warmup, as in open_clip. With start > 0 the line begins at start and reaches lr in
+    the last warm-up step, as in SLIP and DeCLIP."""
+    if step < warmup and start:
+        return start + (lr - start) * (step / max(1, warmup - 1))
+    if step < warmup:
+        return lr * ((step + 1) / warmup)
+    return end + (lr - end) * .5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
-    def evaluate():
-        """After an epoch whose tests are due, or in a run that was killed before them."""
-        nonlocal tested, best
-        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
-            return
-        results = {}
-        for name, net in (("", model), (" by EMA", ema)) if tests else ():
-            found = evaluator.evaluate(net, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
-            results |= {test + name: result for test, result in found.items()}
-        if rank == 0:
-            masks_picture(out / "masks.png", ema, preprocess, dataset)
-            tqdm.write(f"step {step}: {evaluator.summary(results)}" if tests else f"step {step} of {total}")
-        tested = step
-        log(eval=results)
-        score = sum(r[r["metric"]] for r in results.values())
-        if tests and score > best:
-            best = score
-            save("best.pt")
-        save("last.pt")
 
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+def param_groups(model, weight_decay, no_decay=()):
+    """Two AdamW groups of the trainable parameters. Matrices decay, the token table and positions too (newer open_clip
+    spares positions). Vectors and scalars do not, nor do names that start with one of no_decay."""
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.ndim >= 2 and not name.startswith(tuple(no_decay)):
+            groups[0]["params"].append(parameter)
+        elif parameter.requires_grad:
+            groups[1]["params"].append(parameter)
+    return groups
 
-    # training
-    evaluate()
-    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
-    logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()  # since the last log line
-    streak = torch.zeros((), device=device)  # bad steps, one after the other
-    for epoch in range(step // steps, args.epochs):
-        batches.epoch, batches.start, tick = epoch, step % steps, time.perf_counter()
+
+def load_towers(model, state, args):
+    """Loads the towers' weights of load_clip_state into a model that may have more. SystemExit if the shapes differ."""
+    own = {key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in evaluator.ENCODERS}
+    if {key: value.shape for key, value in state.items()} != own:
+        raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and "
+                         f"{len(model.token_embedding.weight)} tokens")
+    model.load_state_dict(state, strict=False)
+
+
+def describe(args, dataset, tokenizer, preprocess, sizes):
+    """What a checkpoint says beside its states: enough to use the model, and to know whether a run may go on from
+    it."""
+    merges = "\n".join(map(" ".join, tokenizer.merges))
+    return dict(script=Path(__file__).stem, flags=vars(args), data=data.fingerprint(dataset), sizes=sizes,
+                preprocess=vars(preprocess), merges=merges, context=tokenizer.context)
+
+
+def find_run(args, about, device):
+    """The checkpoint in --out from which this run goes on, or None. about: what describe returns. SystemExit if the
+    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints."""
+    path, saved = Path(args.out, "last.pt"), None
+    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts the same command again
+    if path.exists() and (crashed or not args.restart):
+        saved = load_checkpoint(path)
+        # data and merges are compared by what they are; the recipe by its values, which are flags
+        free = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
+        changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})"
+                   for name, value in vars(args).items() if name not in free and value != saved["flags"].get(name)]
+        for name, what in (("data", "other pairs"), ("merges", "other merges of the tokenizer")):
+            if saved[name] != about[name]:
+                changed.append(what)
+        if saved["script"] != about["script"] or changed:
+            raise SystemExit(
+                f"{args.out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; "
+                "give the same ones to resume it, another --out, or --restart to begin anew")
+    progress = [saved["step"], saved["tested"]] if saved else [0, 0]
+    everywhere = gather(torch.tensor([[*progress, int(about["data"][:12], 16)]], device=device))  # [W, 3]
+    if (everywhere != everywhere[0]).any():
+        raise SystemExit(f"ranks disagree on (step, tested step, data): {everywhere.tolist()}; --out and --data must "
+                         "be the same on all machines")
+    return saved
+
+
+def start_log(args, saved, dataset, model, plan):
+    """Before the first step, on rank 0. Makes --out, deletes the run before if --restart says so, cuts the log of a run
+    that goes on back to its checkpoint, prints the values in force and plan. SystemExit if --out cannot be written."""
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = []
+        if args.restart and not saved:
+            (out / "last.pt").unlink(missing_ok=True)
+            (out / "best.pt").unlink(missing_ok=True)
+        if saved and (out / "log.jsonl").exists():
+            rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
+            rows = [row for row in rows if row.endswith("}\n") and
+                    json.loads(row).get("step", 0) <= (saved["tested"] if '"eval"' in row else saved["step"])]
+        (out / "log.tmp").write_text("".join(rows))
+        os.replace(out / "log.tmp", out / "log.jsonl")
+    except OSError as error:
+        raise SystemExit(f"--out {out}: {error.strerror}") from None
+    print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+                   if value not in (None, "") and value is not False))
+    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {plan}, "
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+          + (f", resumed at step {saved['step']}" if saved else ""))
+    if saved and saved["flags"]["epochs"] != args.epochs:
+        print(f"--epochs {args.epochs} (was {saved['flags']['epochs']}): the learning rate follows the new schedule")
+
+
+def write_log(out, **row):
+    """Adds a line to log.jsonl in the folder out."""
+    with open(Path(out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+class Meter:
+    """What happens between two log lines. Losses are summed on the device, so that no step waits for the host. failed
+    and bad count, since the run began, the pictures that were replaced and the steps that were skipped."""
+
+    def __init__(self, out, batch_size, device):
+        self.out, self.batch_size, self.device, self.failed, self.bad = out, batch_size, device, 0, 0
+        self.streak = torch.zeros((), device=device)  # bad steps, one after the other
+        self.clear(0)
+
+    def state_dict(self):
+        return {"failed": self.failed, "bad": self.bad}
+
+    def load_state_dict(self, state):
+        self.failed, self.bad = state["failed"], state["bad"]
+
+    def clear(self, step):
+        """Begins a new line after this step."""
+        self.step, self.sums, self.skipped, self.waited, self.start = step, 0, 0, 0., time.perf_counter()
+
+    def watch(self, loader):
+        """Iterates over the loader; counts the seconds that it is waited for and the pictures that it replaced."""
+        tick = time.perf_counter()
         for batch in loader:
-            waited += time.perf_counter() - tick
-            skipped += int(batch["skipped"].sum())
-            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-            images, colors, keep = (batch[name].transpose(0, 1).flatten(0, 1) if name in batch else None  # [2B, ...], view 1 first
-                                    for name in ("images", "colors", "keep"))
-            if colors is not None:
-                images = data.augment(images, colors)
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                with torch.no_grad():  # what the EMA tower says about the wide crop
-                    if args.mask == "attentive" or args.ssl:
-                        class_token, score = ema.visual.attend(preprocess.normalize(batch["ema_images"]))
-                    if args.mask == "attentive":
-                        keep = attentive_keep(score, batch["boxes"], grid)[:len(images)]
-                    if args.ssl:
-                        target = ema.projector(class_token).repeat(2, 1)  # [2B, 256]
-                image_features, text_features, logit_scale, simclr, prediction = parallel(preprocess.normalize(images), batch["tokens"], keep)
-            clip = torch.stack([clip_loss(x, text_features, logit_scale) for x in image_features.chunk(args.views)]).mean()
-            ntxent = ntxent_loss(*simclr.chunk(2), .1) if args.ssl else clip.new_zeros(())
-            byol = byol_loss(prediction, target) if args.ssl else clip.new_zeros(())
-            loss = clip + ntxent + 2 * byol
-            losses = {"loss": loss, "clip": clip, "ntxent": ntxent, "byol": byol}
-
-            # the step; where the gradient (of all ranks, DDP has averaged it) is not finite, everything stays as it was
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, total, args.warmup, args.lr, 1e-6, 1e-5)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()
-            optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW leave weights and moments alone, without asking the host
-            optimizer.step()
-            scaler.update()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))  # the parameter: clamping its exp would end its gradient at the bound
-            step += 1
-            momentum = lr_at(step, total, 0, args.ema_momentum, end=1.)
-            update_ema(ema, model, torch.where(good, momentum, 1.))
-
-            # the host looks at the device only here
-            streak = (streak + 1).where(~good, 0)
-            sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
-            if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
-                totals = torch.cat([sums, streak[None], sums.new_tensor([skipped, waited, len(stop)])])
-                fine, *means, bad_in_a_row, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
-                count = step - logged
-                failed += round(skips * world)
-                bad += round(count - fine)
-                means = {name: mean / fine if fine else None for name, mean in zip(losses, means)}
-                speed = count * args.batch_size / (time.perf_counter() - start)
-                memory = {"memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
-                log(epoch=epoch, **means, lr=group["lr"], logit_scale=logit_scale.item(), pairs_per_second=speed, waited=waits,
-                    skipped=failed, bad_steps=bad, **memory)
-                bar.set_postfix_str(f"loss {means['loss'] or math.nan:.3f}, {speed:.0f} pairs/s")
-                bar.update(step - bar.n)
-                data.check_skipped(failed, step * args.batch_size)
-                if bad_in_a_row >= 20:
-                    raise SystemExit("20 steps in a row without a finite gradient; the last good weights are in "
-                                     f"{out / 'last.pt' if (out / 'last.pt').exists() else 'no file yet'}")
-                if stopped:
-                    save("last.pt")
-                    if world > 1:
-                        dist.barrier()
-                    raise SystemExit(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
-                logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()
-            if step % 1000 == 0 and step % steps:
-                save("last.pt")
+            self.waited += time.perf_counter() - tick
+            self.skipped += int(batch["skipped"].sum())
+            yield batch
             tick = time.perf_counter()
-        save("last.pt")  # before the tests, which take their time
-        evaluate()
-        start = time.perf_counter()
-    bar.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if rank == 0:
-        print(f"finished {total} steps; {out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
-    if world > 1:
-        dist.destroy_process_group()
+
+    def add(self, good, losses):
+        """One step. good: bool tensor []; losses: {name: scalar tensor}, of which bad steps are left out."""
+        self.names = list(losses)
+        self.streak = (self.streak + 1).where(~good, 0)
+        self.sums = self.sums + torch.stack([good, *losses.values()]).detach().where(good, 0)
+
+    def row(self, step, stop):
+        """The log line over all ranks, as a dict, and whether any rank was told to stop; begins a new line. SystemExit
+        if too many pictures fail or 20 steps in a row were bad."""
+        here = self.sums.new_tensor([self.skipped, self.waited, len(stop)])
+        everywhere = gather(torch.cat([self.sums, self.streak[None], here])[None])  # [W, columns]
+        columns = everywhere.mean(0).tolist()
+        fine, means, (streak, skipped, waited, stopped) = columns[0], columns[1:-4], columns[-4:]
+        count, seconds = step - self.step, time.perf_counter() - self.start
+        self.failed += round(skipped * len(everywhere))
+        self.bad += round(count - fine)
+        data.check_skipped(self.failed, step * self.batch_size)
+        if streak >= 20:
+            last = Path(self.out, "last.pt")
+            raise SystemExit("20 steps in a row without a finite gradient; "
+                             f"the last good weights are in {last if last.exists() else 'no file yet'}")
+        row = {name: mean / fine if fine else None for name, mean in zip(self.names, means)}
+        row |= dict(pairs_per_second=count * self.batch_size / seconds, waited=waited)
+        row |= dict(skipped=self.failed, bad_steps=self.bad)
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        self.clear(step)
+        return row, stopped > 0
+
+
+def save_checkpoint(path, **state):
+    """Writes state (tensors and plain Python values only) and renames, so that a kill leaves the old file or the
+    new."""
+    try:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written: {error}") from None
+
+
+def load_checkpoint(path):
+    """The state that save_checkpoint wrote, on the CPU. SystemExit with a sentence if the file is cut off or
+    foreign."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["script"], state["model"], state["tested"], state["data"]
+    except Exception as error:
+        raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin "
+                         "anew with --restart, or choose another --out") from None
+    return state
+
+
+@contextmanager
+def catch_sigterm():
+    """Yields a list that is empty until SIGTERM arrives, which torchrun and SLURM send before they kill. Puts the
+    handler that was there before back, however the block ends."""
+    stop, handler = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def leave(message):
+    """SystemExit with the message once all ranks are here, so that rank 0 has saved."""
+    if dist.is_initialized():
+        dist.barrier()
+    raise SystemExit(message)
+
+
+def init_distributed():
+    """rank, world size and device of this process, from the environment that torchrun sets; 0 and 1 without it."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1 and not dist.is_initialized():
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it keeps what a crashed attempt left in it
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    return rank, world, device
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python data.py PATH      says what is there, what was left out and why; writes a sheet of samples
 
-One string names a data set: "toy" (drawn by code, no files); cc3m, cc12m, yfcc15m (folders under --data-root);
-webdataset tars (a folder, a pattern such as "cc3m/{0000..0575}.tar", several joined by "::"); a .tsv or .csv with the
-columns filepath and title; a .jsonl with filename and caption. All are read by position and not as a stream, so that an
-epoch is a plain permutation, the same for any number of ranks and workers, and after a restart.
+One string names a data set: "toy" and its variants (drawn by code, no files: TOYS); cc3m, cc12m, yfcc15m (folders
+under --data-root); webdataset tars (a folder, a pattern such as "cc3m/{0000..0575}.tar", several joined by "::"); a .tsv
+or .csv with the columns filepath and title; a .jsonl with filename and caption. All are read by position and not as a
+stream, so that an epoch is a plain permutation, the same for any number of ranks and workers, and after a restart.
 """
 import argparse
 import atexit
@@ -369,7 +369,7 @@ def train_bpe(captions, size):
 def find_tokenizer(bpe, spec, root=None):
     """Tokenizer for the data set `spec`. bpe: a path; "train": made from its captions; None: so for toy, else OpenAI's,
     from $CLIP_BPE, beside this file, the user's cache or the net. SystemExit if it cannot be had."""
-    if bpe == "train" or (bpe is None and spec == "toy"):
+    if bpe == "train" or (bpe is None and spec in TOYS):
         return Tokenizer(train_bpe((text for _, text in captions(spec, 100_000 if bpe else 5_000, root)), 8192))
     path = Path(bpe or os.environ.get("CLIP_BPE") or Path(__file__).with_name(BPE_FILE))
     if not path.is_file():
@@ -681,86 +681,122 @@ SHAPES = {"circle": (arc(1, 0, 1), "disc", "dot"), "ring": (arc(1, 0, 1) + arc(.
 KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
 HELD_OUT = [kind for i, kind in enumerate(KINDS) if i // 8 % 2 == i % 8 % 2 == 0]  # 4 colours x 4 shapes
 TRAINED = [kind for kind in KINDS if kind not in HELD_OUT]
+REPORTED = [kind for i, kind in enumerate(HELD_OUT) if (i // 4 + i % 4) % 2 == 0]  # each colour and each shape twice
+SPLITS = {"train": TRAINED, "seen": TRAINED, "test": REPORTED,
+          "tune": [kind for kind in HELD_OUT if kind not in REPORTED]}
 BESIDE = {(c, s): [kind for kind in TRAINED if not {(c, kind[1]), (kind[0], s)} & {*HELD_OUT}] for c, s in KINDS}
 OPENINGS = ["a", "a", "the", "my", "one", "nice", "a photo of a", "picture of a", "this is a", "stock image :"]
 CHATTER = ["free download", "holiday 2014", "for sale", "vector clip art", "made by anna", "img 0042", "best price",
            "from our trip to paris", "with dog", "new in shop", "# art", "( signed print )", "cat not included"]
-TOY = {"pairs": 24_576, "side": 40, "radius": (.3, .45), "shift": .08, "turn": .05, "hue": 9, "patches": .2,
-       "noise": .2, "second": .1,  # above: the picture; below: probabilities in a caption
+TOY = {"pairs": 1024, "side": 40, "radius": (.3, .45), "shift": .08, "turn": .05, "hue": 9, "grid": 6, "patches": .2,
+       "noise": .2, "beside": .11, "second": .1, "zipf": 0,  # above: the picture; below: probabilities in a caption
        "mismatch": .1, "color": .65, "shape": .7, "synonym": .5, "chatter": .35}
+TOYS = {"toy": TOY, "toy-zipf": TOY | {"zipf": 1},  # the exponent of Zipf's law for the kinds; 0: all equally often
+        "toy-busy": TOY | {"radius": (.15, .225), "shift": .2, "beside": .07, "grid": 10, "patches": .6}}
+TOY_TESTS = {variant + ending: (variant, split) for variant in TOYS
+             for ending, split in (("", "test"), ("-tune", "tune"), ("-seen", "seen"))}
+
+
+def toy_rng(split, seed, what, number):
+    return random.Random(f"{seed} {split} {what} {number}")
+
+
+@lru_cache(2 ** 16)
+def toy_scene(variant, split, seed, number):
+    """Dict of what is in a picture. A second object makes no held-out kind with the first one, however combined."""
+    toy, rng = TOYS[variant], toy_rng(split, seed, "scene", number)
+    kind = rng.choice(SPLITS[split])
+    if toy["zipf"] and split == "train":
+        order = random.Random(f"{seed} zipf").sample(TRAINED, len(TRAINED))
+        weights = [1 / rank ** toy["zipf"] for rank in range(1, len(order) + 1)]
+        kind, = toy_rng(split, seed, "kind", number).choices(order, weights)
+    size, x, y = rng.random(), *(.5 + rng.uniform(-1, 1) * toy["shift"] for _ in "xy")
+    other = rng.choice(BESIDE[kind]) if rng.random() < toy["second"] else None
+    return {"kind": kind, "other": other, "x": x, "y": y,
+            "radius": toy["radius"][0] * (1 - size) + toy["radius"][1] * size,
+            "size": "large" if size > .5 else "small", "light": rng.choice(["dark", "bright"])}
+
+
+@lru_cache(2 ** 16)
+def toy_caption(variant, split, seed, number):
+    """The caption of a picture, and whether it was written for another one."""
+    toy, rng, scene = TOYS[variant], toy_rng(split, seed, "caption", number), toy_scene(variant, split, seed, number)
+    if split != "train":
+        return f"a {scene['size']} {' '.join(scene['kind'])} on a {scene['light']} background", False
+    mismatch = rng.random() < toy["mismatch"]
+    if mismatch:
+        scene = toy_scene(variant, split, seed, number + 1)
+
+    def some(probability, text, otherwise=""):
+        return text if rng.random() < probability else otherwise
+
+    def name(color, shape):
+        color, shape = (some(toy["synonym"], rng.choice(names[word][1:]), word)
+                        for names, word in [(COLORS, color), (SHAPES, shape)])
+        return some(toy["color"], color) + " " + some(toy["shape"], shape, rng.choice(["thing", "object"]))
+
+    words = [rng.choice(OPENINGS), some(.4, scene["size"]), name(*scene["kind"]),
+             some(.6, f"with a {name(*scene['other'])}") if scene["other"] else "",
+             some(.2, f"on a {scene['light']} background"),
+             some(toy["chatter"], rng.choice(CHATTER)), some(toy["chatter"], rng.choice(CHATTER))]
+    return " ".join(" ".join(words).split()), mismatch
+
+
+@lru_cache(2 ** 16)  # some 80 MB
+def toy_picture(variant, split, seed, number):
+    """JPEG of a picture."""
+    toy, rng, scene = TOYS[variant], toy_rng(split, seed, "picture", number), toy_scene(variant, split, seed, number)
+    side, grid = toy["side"], toy["grid"]
+    tone = [rng.randint(*{"dark": (5, 45), "bright": (60, 100)}[scene["light"]]) for _ in range(3)]
+    patches = Image.frombytes("RGB", (grid, grid), rng.randbytes(3 * grid * grid)).resize((side, side), Image.BICUBIC)
+    picture = Image.blend(Image.new("RGB", (side, side), tuple(tone)), patches, rng.uniform(0, toy["patches"]))
+    second = (scene["other"], .15 if scene["x"] > .5 else .85, rng.choice([.15, .85]), toy["beside"])
+    for kind, x, y, radius in [(scene["kind"], scene["x"], scene["y"], scene["radius"]), second]:
+        if kind:
+            hue = (COLORS[kind[0]][0] + rng.uniform(-1, 1) * toy["hue"]) / 360 % 1
+            tone = colorsys.hsv_to_rgb(hue, rng.uniform(.6, 1), rng.uniform(.75, 1))
+            turn = cmath.rect(3 * side * radius, math.tau * rng.uniform(-1, 1) * toy["turn"])
+            points = [3 * side * complex(x, y) + turn * z for z in SHAPES[kind[1]][0]]
+            mask = Image.new("L", (3 * side, 3 * side))
+            ImageDraw.Draw(mask).polygon([(z.real, z.imag) for z in points], 255)
+            picture.paste(tuple(int(255 * t) for t in tone), (0, 0), mask.reduce(3))
+    noise = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
+    file = io.BytesIO()
+    Image.blend(picture, noise, rng.uniform(0, toy["noise"])).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 class ToyDataset(Pairs):
-    """Small scenes, each a function of (seed, split, number) alone, with captions like those of the web: synonyms,
-    attributes left out, words about nothing in the picture, a tenth of them of another picture.
+    """Small scenes, each a function of (variant, split, seed, number), with captions like those of the web: synonyms,
+    attributes left out, words about nothing in the picture, a tenth of them of another picture. Drawn once and kept.
 
-    Of the 64 kinds (colour, shape) 16 are in no training picture or caption. The split "test" shows these alone: their
-    class is among all 64, their caption is clean and full.
+    Of the 64 kinds (colour, shape) 16 are in no training picture or caption. Two splits show eight of these each: "tune",
+    by which settings are chosen, and "test", which is reported. "seen" shows the 48 kinds of training. In these three
+    splits a picture's class is one of all 64, and its caption is clean and full. The variants stand in TOYS.
     """
     classnames = [" ".join(kind) for kind in KINDS]
 
-    def __init__(self, length, transform, split="train", seed=0):
-        self.keep, self.transform, self.split, self.seed = range(length), transform, split, seed
-
-    def rng(self, what, number):
-        return random.Random(f"{self.seed} {self.split} {what} {number}")
-
-    def scene(self, number):
-        """Dict of what is in a picture. A second object makes no held-out kind with the first one, however combined."""
-        rng = self.rng("scene", number)
-        kind = rng.choice(HELD_OUT if self.split == "test" else TRAINED)
-        size, x, y = rng.random(), *(.5 + rng.uniform(-1, 1) * TOY["shift"] for _ in "xy")
-        other = rng.choice(BESIDE[kind]) if rng.random() < TOY["second"] else None
-        return {"kind": kind, "other": other, "x": x, "y": y,
-                "radius": TOY["radius"][0] * (1 - size) + TOY["radius"][1] * size,
-                "size": "large" if size > .5 else "small", "light": rng.choice(["dark", "bright"])}
+    def __init__(self, length, transform, split="train", seed=0, variant="toy"):
+        self.keep, self.transform, self.source = range(length), transform, (variant, split, seed)
 
     def key(self, i):
-        return f"toy-{self.split}/{self.keep[i]:08d}"
+        variant, split, _ = self.source
+        return f"{variant}-{split}/{self.keep[i]:08d}"
 
     def label(self, i):
-        return KINDS.index(self.scene(self.keep[i])["kind"])
+        return KINDS.index(toy_scene(*self.source, self.keep[i])["kind"])
+
+    def tags(self, i):
+        """The names of the one or two kinds in picture i, the main one first; whether its caption is another's."""
+        scene = toy_scene(*self.source, self.keep[i])
+        kinds = [" ".join(kind) for kind in (scene["kind"], scene["other"]) if kind]
+        return kinds, toy_caption(*self.source, self.keep[i])[1]
 
     def captions(self, i):
-        rng, scene = self.rng("caption", self.keep[i]), self.scene(self.keep[i])
-        if self.split == "test":
-            return [f"a {scene['size']} {' '.join(scene['kind'])} on a {scene['light']} background"]
-        if rng.random() < TOY["mismatch"]:
-            scene = self.scene(self.keep[i] + 1)
-
-        def some(probability, text, otherwise=""):
-            return text if rng.random() < probability else otherwise
-
-        def name(color, shape):
-            color, shape = (some(TOY["synonym"], rng.choice(names[word][1:]), word)
-                            for names, word in [(COLORS, color), (SHAPES, shape)])
-            return some(TOY["color"], color) + " " + some(TOY["shape"], shape, rng.choice(["thing", "object"]))
-
-        words = [rng.choice(OPENINGS), some(.4, scene["size"]), name(*scene["kind"]),
-                 some(.6, f"with a {name(*scene['other'])}") if scene["other"] else "",
-                 some(.2, f"on a {scene['light']} background"),
-                 some(TOY["chatter"], rng.choice(CHATTER)), some(TOY["chatter"], rng.choice(CHATTER))]
-        return [" ".join(" ".join(words).split())]
+        return [toy_caption(*self.source, self.keep[i])[0]]
 
     def image(self, i):
-        rng, scene, side = self.rng("picture", self.keep[i]), self.scene(self.keep[i]), TOY["side"]
-        tone = [rng.randint(*{"dark": (5, 45), "bright": (60, 100)}[scene["light"]]) for _ in range(3)]
-        patches = Image.frombytes("RGB", (6, 6), rng.randbytes(108)).resize((side, side), Image.BICUBIC)
-        picture = Image.blend(Image.new("RGB", (side, side), tuple(tone)), patches, rng.uniform(0, TOY["patches"]))
-        second = (scene["other"], .15 if scene["x"] > .5 else .85, rng.choice([.15, .85]), .11)
-        for kind, x, y, radius in [(scene["kind"], scene["x"], scene["y"], scene["radius"]), second]:
-            if kind:
-                hue = (COLORS[kind[0]][0] + rng.uniform(-1, 1) * TOY["hue"]) / 360 % 1
-                tone = colorsys.hsv_to_rgb(hue, rng.uniform(.6, 1), rng.uniform(.75, 1))
-                turn = cmath.rect(3 * side * radius, math.tau * rng.uniform(-1, 1) * TOY["turn"])
-                points = [3 * side * complex(x, y) + turn * z for z in SHAPES[kind[1]][0]]
-                mask = Image.new("L", (3 * side, 3 * side))
-                ImageDraw.Draw(mask).polygon([(z.real, z.imag) for z in points], 255)
-                picture.paste(tuple(int(255 * t) for t in tone), (0, 0), mask.reduce(3))
-        noise = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
-        file = io.BytesIO()
-        Image.blend(picture, noise, rng.uniform(0, TOY["noise"])).save(file, "JPEG", quality=90)
-        return file.getvalue()
+        return toy_picture(*self.source, self.keep[i])
 
 
 def open_dataset(spec, transform, limit=None, subset=None, root=None):
@@ -770,8 +806,8 @@ def open_dataset(spec, transform, limit=None, subset=None, root=None):
         spec = os.path.join(root or os.environ.get("CLIP_DATA") or "datasets", spec)
         if not os.path.isdir(spec):
             raise SystemExit(f"--data: there is no folder {spec}; its parent is set by --data-root or $CLIP_DATA")
-    if spec == "toy":
-        dataset = ToyDataset(limit or TOY["pairs"], transform)
+    if spec in TOYS:
+        dataset = ToyDataset(limit or TOYS[spec]["pairs"], transform, variant=spec)
     else:
         dataset = (TableDataset if spec.endswith((".tsv", ".csv", ".jsonl")) else TarDataset)(spec, transform)
     if subset:

@@ -412,8 +412,9 @@ def open_test(spec, split="test", root=None, download=False, classnames=None):
     """
     if not spec:
         raise SystemExit("a test set without a name: is there a comma too many?")
-    if spec == "toy":  # the training split has other pictures of the same 16 classes
-        return data.ToyDataset(2048, None, "test", seed=1 if split == "train" else 0)
+    if spec in data.TOY_TESTS:
+        variant, kinds = data.TOY_TESTS[spec]
+        return data.ToyDataset(2048, None, kinds, int(split == "train"), variant)  # train: others of the same kinds
     if spec in DATASETS:
         import torchvision
         name, of_test, of_train, _, _ = DATASETS[spec]
@@ -489,7 +490,7 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
     buffers of all ranks become those of rank 0. SystemExit if a test is not there or lacks what it needs.
     """
     train = train or tests
-    if (probe or neighbors) and (len(train) != len(tests) or set(train) & set(tests) - {"toy", *DATASETS}):
+    if (probe or neighbors) and (len(train) != len(tests) or set(train) & set(tests) - {*data.TOY_TESTS, *DATASETS}):
         raise SystemExit("--probe and --knn need --train: a training set for each test, other than the test itself")
     # all sets are opened first, so that a wrong name does not cost an hour
     sets = [open_test(spec, "test", root, download, classnames) for spec in tests]

@@ -1,81 +1,48 @@
 """TinyCLIP: a small CLIP that inherits its weights from a large one and mimics the large one's image-text affinities.
 
-The idea. A trained teacher knows more of a batch than who belongs to whom: how close every caption is to every picture.
-The student learns those rows of similarities, softmaxed, in place of the labels "the i-th to the i-th" ("affinity
-mimicking"). And it starts as a part of the teacher ("weight inheritance"): either by hand, the leading heads and channels
-of every k-th layer, or automatically, by gates on heads and channels that learn under a budget which to keep; what they
-close is cut out. To reach a quarter of the size this is done in stages, each inheriting from the last one's student but
-mimicking the same first teacher: more than about 70 % cut at once loses much (section 3.3).
+The idea. A trained teacher knows more of a batch than which caption belongs to which picture: it knows how close every
+caption is to every picture. The student learns these rows of similarities in place of labels (affinity mimicking). And
+it starts as a part of the teacher (weight inheritance). By hand, that part is the leading heads and channels of every
+k-th layer. With --auto, gates on heads and channels learn under a budget what to keep; the rest is cut out. A quarter
+of the size is reached in stages: each inherits from the last student and mimics the first teacher.
 
-The loss. With unit rows x (image), y (text) of the student, u, v of the teacher, and one fixed scale s = 50 for both:
+The loss. x and y are the student's unit features of pictures and captions, u and v the teacher's; s = 50 is one fixed
+scale for both (--logit-scale). The weight alpha is 1 by default (--alpha), so no label is used.
 
-    A = softmax_row(s x y^T)    A* = softmax_row(s u v^T)    L_i2t = mean_i -sum_j A*_ij log A_ij    L_t2i: x and y, u and v swapped
-    L = alpha (L_i2t + L_t2i) / 2 + (1 - alpha) L_CLIP        alpha = 1 by default: no label is ever used
+    A = softmax of the rows of s x y^T        A* = softmax of the rows of s u v^T
+    affinity = 1/2 [ mean_i -sum_j A*_ij log A_ij  +  the same with x and y, u and v swapped ]
+    L = alpha affinity + (1 - alpha) clip
 
-Only N x N affinities are compared, so the teacher's features may have another dimension and need no adapter. The loss is
-KL(A*, A) plus A*'s entropy: gradient 0 for equal models, CLIP's loss for a teacher that ranks each own pair first, with s
-to infinity. No factor s^2, as other distillation has. No gradient enters the teacher; it sees the student's crops and
-tokens.
+Only N x N affinities are compared, so the teacher's features may have another dimension.
 
-The gates (--auto). Each gate has a logit a, and one draw a step for the whole batch:
+The gates. A gate has a logit a. One draw a step serves the whole batch, equal on all ranks, with u uniform in (0, 1):
 
-    z = clip(1.2 sigmoid((logit(u) + a) / (2/3)) - .1, 0, 1)    u uniform; 0 and 1 have mass     P(z > 0) = sigmoid(a - 2/3 ln(.1/1.1))
-    L += l1 h + l2 h^2      h = max(0, target - removed)    removed: share of attention and FFN weights, both towers, by P(z > 0)
+    z = clip(1.2 sigmoid((logit(u) + a) / (2/3)) - .1, 0, 1)        P(z > 0) = sigmoid(a - 2/3 ln(.1/1.1))
+    L += l1 h + l2 h^2        h = max(0, target - removed)
 
-z_hidden [C] multiplies what is written to the residual stream: the embeddings (of the image tower before ln_pre) and what
-each attention and FFN adds; z_heads [L, H] a head's output; z_ffn [L, F] a channel after GELU. LayerNorms see open channels
-alone; whole layers, what follows the last norm and D have no gates. l1 and l2 are maximised: they grow while too little is
-gone, and target rises to --auto over --sparsity-warmup steps. After --prune-step steps z without noise is multiplied in and
-zeros are cut out: a ragged dense model whose outputs are those of the model gated by these z; with a new optimizer it
-trains on. Each rank scores its rows against the columns of all, gathered with gradient; gates are drawn alike on all ranks:
-W ranks compute the loss and gradient of one process with all their pairs.
+removed is the share of attention and FFN weights expected to be gone, by P(z > 0). target rises to --auto over
+--sparsity-warmup steps. The multipliers l1 and l2 are maximised: they grow while too little is gone. After --prune-step
+steps z without noise is multiplied into the weights and zeros are cut out; what is left trains on.
 
-The cost. Over CLIP on the same student the teacher's forward: 1.7 times the FLOPs for ViT-40M-32 from ViT-B-32, 1.3 to 1.7
-for ViT-39M-16 from ViT-B-32 or -16; --cache-teacher-text saves its text half (captions are not augmented: the same but for
-fp16). Under gates the student still has its full size. Claimed (README), on ImageNet with YFCC-15M: 63.5 % for
-ViT-39M-16-Text-19M; 41.1 % for ViT-8M-16-Text-3M (millions without the token table, here 12.6), where a CLIP ViT-B-16,
-eleven times its size, has 37.6 (SLIP's figure; the authors trained none). On LAION-400M, from a ViT-B-32 of LAION-2B (65.6;
-of 400M: 62.9): gates leave 75, 50, 25 %: 63.9, 61.4, 53.7; by hand 75, 50 %: 62.4, 59.8; training 1.4 to 7.8 times faster
-through inheritance.
+What it brought (authors' README, zero-shot ImageNet): 63.5 % for ViT-39M-16-Text-19M on YFCC15M. On LAION-400M, from a
+ViT-B-32 with 65.6 %, gates that leave 75, 50 and 25 %: 63.9, 61.4, 53.7. Training is 1.4 to 7.8 times faster through
+inheritance. The teacher makes a step 1.3 to 1.7 times as costly.
 
 How to run.
-    python clip.py && python tinyclip.py                     a teacher on the toy data, then a student of half its size
-    torchrun --nproc_per_node=8 tinyclip.py --data yfcc15m --teacher ViT-B-16.pt --teacher-quick-gelu --eval /imagenet/val
-    i=clip-toy; for s in 75 50 25; do python tinyclip.py --auto .$((100 - s)) --init runs/$i/last.pt --out runs/tiny-$s; i=tiny-$s; done
+    python clip.py && python tinyclip.py                  built-in pictures: a teacher, then a student of half its size
+    torchrun --nproc_per_node=8 tinyclip.py --data yfcc15m --teacher ViT-B-16.pt --teacher-quick-gelu
+    python tinyclip.py --auto .5 --out runs/half          gates; the next stage: --auto .75 --init runs/half/last.pt
 
-Where paper and released code part, and what this file does.
-    - The paper also punishes removing too much; the code, and this file, only removing too little: beyond the budget the
-      task alone pulls.
-    - The code's pruning is not exact: it multiplies z_hidden into proj and text_projection, whose input no gate multiplies
-      (wrong where z is not 0 or 1), and drops the output bias of attentions without heads. Here gated and pruned model
-      agree. Logits end at +-ln 100, where P(z > 0) is .998 and .05: of 100 closed gates five survive, of 768 open ones two
-      are cut, in both codes.
-    - The code re-inflates a pruned model with closed gates to put gates on it again (order within an axis is free); here
-      they stand on what is left: what is cut cannot return, nor count as .05 left. Shares are of the teacher's size, in
-      both.
-    - The code's gates differ between ranks; its student has the scale 14.3 in the first step, since 50 is set after each
-      step only (without their --logit-scale it is learned, and the teacher keeps its own, near 100); each tower has
-      multipliers of its own for the one budget, averaged. Its alpha 1, scale 50, gate lr .02 (.04 in short recipes), first
-      multipliers of 10 and new optimizer after pruning are ours too.
-    - The released scripts train on one black image (--dataset-type synthetic), and their webdataset path does not run; the
-      sparsity they log ignores the gates.
-    - "Uniform" layers are the first ones unless the depth is halved or more (12 -> 9: 0..8). The paper adds the two directions of
-      the loss, the code halves the sum.
-    - ResNets keep the AdamW of ViTs; towers with batch norm the statistics of their rank (eval mode in the teacher).
-    - On a GPU the teacher computes in fp16, as in the official code; here its matrices are stored so, too.
-    - The activation is that of what is inherited; the code's students have exact GELU even from OpenAI's QuickGELU weights.
-
-Sources: Wu et al. 2023 (arXiv 2309.12314), github.com/microsoft/Cream TinyCLIP; gates: princeton-nlp/CoFiPruning, Louizos
-et al. 2018.
+Sources: Wu et al. 2023 (arXiv 2309.12314), github.com/microsoft/Cream TinyCLIP.
 """
 import argparse
 import json
 import math
 import os
-import re
 import signal
 import time
 from collections import OrderedDict
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -91,10 +58,10 @@ import data
 import eval as evaluator
 
 
-# loss
+# losses
 
 class Gather(torch.autograd.Function):
-    """all_gather along dimension 0 whose backward gives each rank the sum of the gradients that all ranks hold for its rows."""
+    """all_gather along dimension 0. The backward pass gives each rank the sum of all ranks' gradients for its rows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -110,56 +77,67 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """Rows of all ranks, rank-major: [B, ...] -> [N, ...], with gradient; x itself where there is no process group."""
+    """Rows of all ranks, rank 0's first: [B, ...] -> [N, ...], with gradient. Without a process group it returns x."""
     return Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
 
 
 def clip_loss(image_features, text_features, logit_scale):
-    """Symmetric InfoNCE of CLIP (section 2.3, figure 3) over all ranks, for the rows of this rank.
+    """CLIP's symmetric cross-entropy (Radford et al. 2021, figure 3) over the pairs of all ranks.
 
-    image_features, text_features: unit rows [B, D], row i of one belonging to row i of the other; B equal on all ranks.
-    logit_scale: the factor itself (not its log). Returns a scalar, computed in at least fp32 also under autocast: near
-    100, bf16 knows multiples of .5 alone.
-    The mean over ranks is the loss of the whole batch; ln N for uninformative features.
+    image_features, text_features: unit rows [B, D]; row i of one belongs to row i of the other. B is equal on all
+    ranks. logit_scale: the factor s itself, not its log. Returns a scalar in at least fp32, also under autocast,
+    because bf16 rounds logits near 100 to multiples of 0.5. The mean over ranks is the loss of the whole batch.
+    Features that say nothing have the loss ln N.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
+        # SLIP gathers without gradient. A feature then learns only as a query (row), never as a candidate (column),
+        # which changes the direction of its gradient. open_clip without --local-loss --gather-with-grad divides it by
+        # W.
         all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
         rank = dist.get_rank() if len(all_x) > len(x) else 0  # one process has no process group
-        labels = torch.arange(len(x), device=x.device) + rank * len(x)  # where the own pairs stand among the N
+        labels = torch.arange(len(x), device=x.device) + rank * len(x)  # the columns of this rank's own pairs
         image_logits = logit_scale * x @ all_y.T  # [B, N]
         text_logits = logit_scale * y @ all_x.T  # [B, N]
         return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
 
-# affinity mimicking
+# affinity mimicking and weight inheritance
 
-def affinity_loss(image_features, text_features, logit_scale, teacher_image_features, teacher_text_features, teacher_scale):
-    """Affinity mimicking (section 3.1; clip_soft_loss.py): cross-entropy of the student's rows of image-text and text-image
-    affinities to the teacher's, for the rows of this rank against the columns of all ranks.
+def affinity_loss(image_features, text_features, logit_scale, teacher_image_features, teacher_text_features,
+                  teacher_scale):
+    """Affinity mimicking (section 3.1; released: clip_soft_loss.py): cross-entropy of the student's rows of image-text
+    and text-image affinities to the teacher's, over the pairs of all ranks.
 
-    image_features, text_features: the student's unit rows [B, D]; teacher_*: the teacher's [B, D'], which get no gradient.
-    logit_scale, teacher_scale: the factors themselves. Returns a scalar, computed in at least fp32 also under autocast.
-    The mean over ranks is the loss of the whole batch; its least value is the mean entropy of the teacher's rows, not 0.
+    image_features, text_features: the student's unit rows [B, D]. teacher_image_features, teacher_text_features: the
+    teacher's [B, D'], which get no gradient. logit_scale, teacher_scale: the factors themselves. Returns a scalar in at
+    least fp32, also under autocast. The mean over ranks is the loss of the whole batch. Its least value is the mean
+    entropy of the teacher's rows, not 0. The paper adds the two directions; the released code, and this function, halve
+    the sum.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y, u, v = rows = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in (
             image_features, text_features, teacher_image_features.detach(), teacher_text_features.detach())]
-        all_x, all_y, all_u, all_v = gather(torch.cat(rows, 1)).split([f.shape[1] for f in rows], 1)  # [N, D] or [N, D'], one gather
+        widths = [f.shape[1] for f in rows]  # D, D, D', D'
+        all_x, all_y, all_u, all_v = gather(torch.cat(rows, 1)).split(widths, 1)  # of N rows each
         image_target = (teacher_scale * u @ all_v.T).softmax(1).detach()  # [B, N]
         text_target = (teacher_scale * v @ all_u.T).softmax(1).detach()  # [B, N]
-        return (F.cross_entropy(logit_scale * x @ all_y.T, image_target) + F.cross_entropy(logit_scale * y @ all_x.T, text_target)) / 2
+        image_loss = F.cross_entropy(logit_scale * x @ all_y.T, image_target)
+        text_loss = F.cross_entropy(logit_scale * y @ all_x.T, text_target)
+        return (image_loss + text_loss) / 2
 
 
 # weight inheritance by hand
 
 def inherit(teacher_state, student_state, head_dim=64):
-    """A student's weights cut out of a larger model's (section 3.2; weight_inherit.py).
+    """A student's weights cut out of a larger model's (section 3.2; released: weight_inherit.py).
 
-    Of L layers the student's l take layers 0, L//l, 2 L//l, ...; of every axis of channels the leading ones; of q, k and v the
-    leading heads each. teacher_state, student_state: state dicts {open_clip's name: tensor} of ViTs or ResNets; the second says
-    names and shapes. Returns a new state of those shapes, all of it from the teacher but logit_scale, which stays the student's.
-    ValueError where the teacher is too small, or has another kind, patch size, picture size or context.
+    teacher_state, student_state: state dicts {open_clip's name: tensor} of ViTs or ResNets; the student's says names
+    and shapes. Of the teacher's L layers a student of l layers takes layers 0, L // l, 2 (L // l), ... The paper calls
+    that uniform, but from 12 layers to 9 it is simply the first ones. Of every axis of channels it takes the leading
+    ones, and of q, k and v the leading heads each. Returns a new state of the student's shapes, all of it from the
+    teacher except logit_scale. ValueError where the teacher is too small, or has another kind, patch size, picture size
+    or context.
     """
     def depth(state, prefix):
         return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
@@ -177,7 +155,7 @@ def inherit(teacher_state, student_state, head_dim=64):
         value = teacher_state.get(source, own.new_empty(0))
         if value.numel() and "in_proj" in key:  # [3 * heads * 64, C] or [3 * heads * 64]
             value = value.unflatten(0, (3, -1, head_dim))[:, :len(own) // (3 * head_dim)].flatten(0, 2)
-        part = value[tuple(map(slice, own.shape))] if value.ndim == own.ndim else value  # the leading channels of each axis
+        part = value[tuple(map(slice, own.shape))] if value.ndim == own.ndim else value  # leading channels of each axis
         whole = (2, 3) if own.ndim == 4 else (0,) if "positional" in key else ()  # axes of space, of positions
         if part.shape != own.shape or any(value.shape[axis] != own.shape[axis] for axis in whole):
             raise ValueError(f"{key} {list(own.shape)} cannot be cut out of {source} {list(value.shape)}")
@@ -186,9 +164,10 @@ def inherit(teacher_state, student_state, head_dim=64):
 
 
 def shrink(state, share):
-    """Sizes (arguments of CLIP) of a student with about `share` of the parameters of the model whose weights are `state`, token
-    embedding aside. As in the paper's students the image tower, redundant in width, narrows by whole heads (a ResNet by 4), and the
-    text tower, redundant in depth, drops layers: as many as bring the sum close to the share (the paper: in proportion)."""
+    """Sizes (arguments of CLIP) of a student with about `share` of the parameters of a model, token embedding aside.
+    state: the model's weights. As in the paper's students the image tower narrows, by whole heads (a ResNet by 4
+    channels), and the text tower drops layers. It drops as many as bring the sum close to the share; the paper drops in
+    proportion."""
     def find(prefix):  # layers, parameters
         keys = [key for key in state if key.startswith(prefix)]
         return len({key[len(prefix):].split(".")[0] for key in keys}), sum(state[key].numel() for key in keys)
@@ -198,20 +177,23 @@ def shrink(state, share):
     width, step = (2 * len(conv), 4) if resnet else (len(conv), 64)
     narrow = step * max(1, round(width * share ** .5 / step))
     # solves image (narrow / width)^2 + text kept / layers = share (image + text)
+    depths = tuple(find(f"visual.layer{i}.")[0] for i in (1, 2, 3, 4))  # of a ResNet's stages
     kept = round(layers * (share + (share - (narrow / width) ** 2) * image / text))
-    return dict(embed_dim=state["text_projection"].shape[1], patch_size=None if resnet else conv.shape[-1], vision_width=narrow,
-                vision_layers=tuple(find(f"visual.layer{i}.")[0] for i in (1, 2, 3, 4)) if resnet else find("visual.transformer.resblocks.")[0],
-                text_width=len(state["ln_final.weight"]), text_layers=min(layers, max(1, kept)))
+    return dict(
+        embed_dim=state["text_projection"].shape[1], patch_size=None if resnet else conv.shape[-1], vision_width=narrow,
+        vision_layers=depths if resnet else find("visual.transformer.resblocks.")[0],
+        text_width=len(state["ln_final.weight"]), text_layers=min(layers, max(1, kept)))
 
 
 # weight inheritance by gates
 
 class Gates(nn.Module):
-    """Hard concrete gates of one ViT tower (section 3.2; l0module.py, after CoFiPruning and Louizos et al. 2018).
+    """Hard concrete gates of one ViT tower (section 3.2; released: l0module.py, after princeton-nlp/CoFiPruning,
+    Louizos et al. 2018).
 
-    hidden [C] gates what enters the residual stream, heads [L, H] the output of each head, ffn [L, F] each channel after GELU;
-    the parameters are logits. width: C; heads, ffn: their numbers in each layer, lists of L ints; where these differ the surplus
-    of a row is absent: always closed, and free.
+    The parameters are logits: hidden [C] gates what enters the residual stream, heads [L, H] the output of each head,
+    ffn [L, F] each channel after GELU. width: C. heads, ffn: their numbers in each layer, lists of L ints. Where the
+    numbers differ, the surplus gates of a row are absent: always closed, and not counted.
     """
 
     def __init__(self, width, heads, ffn):
@@ -220,15 +202,16 @@ class Gates(nn.Module):
             counts = torch.tensor(counts)[..., None]  # [1] or [L, 1]
             present = torch.arange(counts.max()) < counts  # [C], [L, H] or [L, F]
             self.register_buffer(f"{kind}_present", present, persistent=False)
-            setattr(self, kind, nn.Parameter(torch.full(present.shape, 10.)))  # open; ln 100 = 4.6 after the first step's clamp
+            setattr(self, kind, nn.Parameter(torch.full(present.shape, 10.)))  # open; clamped to ln 100 = 4.6
 
     def each(self, function):
         """{kind: function(logits), 0 where a gate is absent}."""
-        return {kind: function(getattr(self, kind)) * getattr(self, f"{kind}_present") for kind in ("hidden", "heads", "ffn")}
+        return {kind: function(getattr(self, kind)) * getattr(self, f"{kind}_present")
+                for kind in ("hidden", "heads", "ffn")}
 
     def sample(self, generator=None):
-        """{kind: z in [0, 1]}, a concrete variable of temperature 2/3, stretched to (-.1, 1.1) and cut: 0 and 1 have mass, and there
-        the logit gets no gradient in this step."""
+        """{kind: z in [0, 1]}: a concrete variable of temperature 2/3, stretched to (-.1, 1.1) and cut to [0, 1]. So 0
+        and 1 have a probability above 0, and there the logit gets no gradient in this step."""
         def draw(logits):
             noise = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(1e-6, 1 - 1e-6).logit()
             return (((noise + logits) / (2 / 3)).sigmoid() * 1.2 - .1).clamp(0, 1)
@@ -241,8 +224,8 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def hard(self):
-        """{kind: z} without noise: sigmoid(1.2 logits) (the official slope); of each layer (hidden: of the tower) the
-        round(sum of 1 - P(z > 0)) smallest are 0."""
+        """{kind: z} without noise: sigmoid(1.2 logits), the released slope, where in each layer (for hidden, in the
+        tower) the round(sum of 1 - P(z > 0)) smallest are 0."""
         z = self.each(lambda logits: (1.2 * logits).sigmoid())
         for kind, p in self.probability().items():
             closed = (p.shape[-1] - p.sum(-1, keepdim=True)).round()
@@ -250,38 +233,44 @@ class Gates(nn.Module):
         return z
 
     def expected_params(self):
-        """Weights of attention and FFN that are expected to stay: 4 * 64 a pair of hidden channel and head (and its share of the
-        biases), 2 a pair of hidden and FFN channel; biases of the FFN are left out, as in the official code (prunable counts them)."""
+        """Number of attention and FFN weights that are expected to stay: for each pair of a hidden channel and a head 4
+        * 64 and a share of the biases, for each pair of a hidden and an FFN channel 2. The FFN's biases are left out,
+        as in the released code; prunable counts them."""
         p = {kind: value.sum() for kind, value in self.probability().items()}
         return p["hidden"] * (p["heads"] * (4 * 64 + 4 / max(1, self.heads.shape[1])) + 2 * p["ffn"])
 
 
 def sparsity_loss(expected, original, target, multipliers):
-    """l1 h + l2 h^2 with h = max(0, target - share removed) (l0module.py; in the paper without the max).
+    """l1 h + l2 h^2 with h = max(0, target - share removed), as in the released l0module.py. The paper has no max: it
+    also punishes removing too much.
 
-    expected: parameters expected to stay, both towers together; original: those of the whole teacher; multipliers: [l1, l2],
-    which an optimizer group with maximize=True raises as long as h > 0.
+    expected: parameters expected to stay, both towers together. original: those of the whole teacher. multipliers: [l1,
+    l2], which an optimizer group with maximize=True raises as long as h > 0.
     """
     h = F.relu(target - (1 - expected / original))
     return multipliers[0] * h + multipliers[1] * h ** 2
 
 
 def prune(state, image_gates, text_gates, cut=True):
-    """A ViT's weights with its gates multiplied in and what they close cut out (model.py, prune()).
+    """A ViT's weights with its gates multiplied in and what they close cut out (released: model.py, prune()).
 
-    state: {open_clip's name: tensor}; *_gates: {"hidden": [C], "heads": [L, H], "ffn": [L, F]}, as from Gates. Returns the state of
-    a ragged model, whose layers differ in heads and FFN channels; of an attention without heads the output's bias is left.
-    cut=False cuts nothing and adds a mask `keep` for each LayerNorm: the gated model, whose outputs are the ragged one's.
+    state: {open_clip's name: tensor}. image_gates, text_gates: {"hidden": [C], "heads": [L, H], "ffn": [L, F]}, as from
+    Gates. Returns the state of a ragged model, whose layers differ in heads and FFN channels. Of an attention without
+    heads the output's bias is left. With cut=False it cuts nothing and adds a mask `keep` for each LayerNorm: that is
+    the gated model, whose outputs equal the ragged one's. The released pruning is not exact: it multiplies hidden gates
+    into proj and text_projection, whose input no gate multiplies, and drops the bias of attentions without heads.
     """
-    writers = "conv1", "class_embedding", "token_embedding", "positional_embedding", "out_proj", "c_proj"  # into the residual stream
+    # what writes into the residual stream
+    writers = {"conv1", "class_embedding", "token_embedding", "positional_embedding", "out_proj", "c_proj"}
     pruned = {}
     for key, value in state.items():
         gates, parts = image_gates if key.startswith("visual.") else text_gates, key.split(".")
         name = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]
         layer = int(parts[parts.index("resblocks") + 1]) if "resblocks" in parts else 0
         hidden, heads, ffn = gates["hidden"], gates["heads"][layer].repeat_interleave(64), gates["ffn"][layer]
-        axes = {"in_proj_weight": (None, heads, hidden), "in_proj_bias": (None, heads), "out_proj": (hidden, heads), "c_fc": (ffn, hidden),
-                "c_proj": (hidden, ffn), "token_embedding": (None, hidden), "positional_embedding": (None, hidden)}.get(name, (hidden,))
+        axes = {"in_proj_weight": (None, heads, hidden), "in_proj_bias": (None, heads), "out_proj": (hidden, heads),
+                "c_fc": (ffn, hidden), "c_proj": (hidden, ffn), "token_embedding": (None, hidden),
+                "positional_embedding": (None, hidden)}.get(name, (hidden,))
         if cut and ("in_proj" in name or key.endswith("out_proj.weight")) and not heads.any():
             continue
         if "in_proj" in name:
@@ -300,7 +289,7 @@ def prune(state, image_gates, text_gates, cut=True):
 
 
 class MaskedLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels in `keep` alone, 0 elsewhere; it takes over the parameters of norm."""
+    """LayerNorm over the channels in `keep` only, 0 elsewhere. It takes over the parameters of norm."""
 
     def __init__(self, norm):
         super().__init__(norm.normalized_shape, norm.eps)
@@ -316,14 +305,14 @@ class MaskedLayerNorm(nn.LayerNorm):
 # encoders: OpenAI's towers under open_clip's parameter names
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU; their weights need it."""
+    """OpenAI's approximation of GELU. Their weights need it; with plain GELU they load all the same and lose points."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with heads of 64, under the parameter names of nn.MultiheadAttention."""
+    """Multi-head self-attention with heads of width 64, under the parameter names of nn.MultiheadAttention."""
 
     def __init__(self, width):
         super().__init__()
@@ -348,7 +337,9 @@ class Block(nn.Module):
         self.attn = Attention(width)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU() if quick_gelu else nn.GELU(), c_proj=nn.Linear(4 * width, width)))
+            c_fc=nn.Linear(width, 4 * width),
+            gelu=QuickGELU() if quick_gelu else nn.GELU(),
+            c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, causal=False):  # [B, L, C]
         x = x + self.attn(self.ln_1(x), causal)
@@ -356,7 +347,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks one after the other; with checkpoint_activations each is recomputed in the backward pass to save memory."""
+    """A stack of blocks. With checkpoint_activations the backward pass computes each block again, to save memory."""
 
     def __init__(self, width, layers, quick_gelu=False):
         super().__init__()
@@ -373,7 +364,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """OpenAI's ViT: patches and a class token through pre-norm blocks; the class token is the picture's feature."""
+    """OpenAI's ViT: a class token and patches go through pre-norm blocks; the class token becomes the image feature."""
 
     def __init__(self, embed_dim, image_size, patch_size, width, layers, quick_gelu=False):
         super().__init__()
@@ -396,7 +387,8 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck whose stride is an average pool in front of a convolution of stride 1, in both branches."""
+    """ResNet bottleneck. In both branches an average pool before a convolution of stride 1 takes the place of a
+    stride."""
 
     def __init__(self, inplanes, planes, stride=1):
         super().__init__()
@@ -405,9 +397,12 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
         nn.init.zeros_(self.bn3.weight)  # every block starts as its shortcut
         self.avgpool = nn.AvgPool2d(stride)
-        self.downsample = nn.Sequential(OrderedDict([
-            ("-1", nn.AvgPool2d(stride)), ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)), ("1", nn.BatchNorm2d(4 * planes))
-        ])) if stride > 1 or inplanes != 4 * planes else nn.Identity()
+        self.downsample = nn.Identity()
+        if stride > 1 or inplanes != 4 * planes:
+            self.downsample = nn.Sequential(OrderedDict([
+                ("-1", nn.AvgPool2d(stride)),
+                ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)),
+                ("1", nn.BatchNorm2d(4 * planes))]))
 
     def forward(self, x):
         out = self.bn1(self.conv1(x)).relu()
@@ -417,7 +412,8 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """One attention step in which the mean of the grid asks and the mean and the grid answer (heads of 64)."""
+    """One attention step with heads of width 64. The query is the mean of the grid; keys and values are mean and
+    grid."""
 
     def __init__(self, grid, width, embed_dim):
         super().__init__()
@@ -437,11 +433,13 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet. Where it has three stem convolutions, a mean pool, average pools for strides and attention at the end, torchvision's
-    has one 7x7, a max pool, strided convolutions and a mean."""
+    """OpenAI's ResNet. It differs from torchvision's in its three stem convolutions, in average pools in place of
+    strides and of the max pool, and in attention as the last pooling."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
+        # batch norms use the statistics of their own rank, as in all released code; they are all that ranks do not
+        # share
         self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
@@ -449,7 +447,8 @@ class ModifiedResNet(nn.Module):
         inplanes = width
         for i, depth in enumerate(layers):
             planes = width * 2 ** i
-            blocks = [Bottleneck(inplanes if j == 0 else 4 * planes, planes, 2 if i > 0 and j == 0 else 1) for j in range(depth)]
+            blocks = [Bottleneck(inplanes, planes, 2 if i > 0 else 1)]
+            blocks += [Bottleneck(4 * planes, planes) for _ in range(depth - 1)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             inplanes = 4 * planes
         self.attnpool = AttentionPool2d(image_size // 32, 32 * width, embed_dim)
@@ -464,13 +463,14 @@ class ModifiedResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The two towers and the temperature. vision_layers: a number for a ViT, four for the stages of a ResNet."""
+    """The two towers and the scale. vision_layers: one number for a ViT, four (one a stage) for a ResNet."""
+    image_tower = VisionTransformer
 
-    def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width, text_layers,
-                 quick_gelu=False):
+    def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width,
+                 text_layers, quick_gelu=False):
         super().__init__()
         if isinstance(vision_layers, int):
-            self.visual = VisionTransformer(embed_dim, image_size, patch_size, vision_width, vision_layers, quick_gelu)
+            self.visual = self.image_tower(embed_dim, image_size, patch_size, vision_width, vision_layers, quick_gelu)
         else:
             self.visual = ModifiedResNet(embed_dim, image_size, vision_width, vision_layers)
         self.transformer = Transformer(text_width, text_layers, quick_gelu)
@@ -478,9 +478,9 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(.01 * torch.randn(context, text_width))
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log; section 2.5
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log of s; section 2.5
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:  # of out_proj and c_proj 2 x layers add up, so each starts smaller by the root
+        for block in self.transformer.resblocks:  # 2 * layers outputs add up, so each starts smaller by the square root
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -491,53 +491,70 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def text_tokens(self, tokens):
-        """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. Causal:
-        position j knows nothing of what follows it, so the loader cuts captions after the longest one's end token."""
+        """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. The tower is
+        causal: nothing after the end token matters, so the loader cuts batches after the longest caption."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         return self.ln_final(self.transformer(x, causal=True))
 
     def encode_text(self, tokens, eot=None):
-        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token (eot [B]; the largest id if not given)."""
+        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: its places [B]; by default
+        the place of the largest id. Our tokenizer ends a caption that it cuts with an end token. SLIP's does not, and
+        then every long caption is read at the start token, where all are equal."""
         x = self.text_tokens(tokens)
-        return x[torch.arange(len(x), device=x.device), tokens.argmax(-1) if eot is None else eot] @ self.text_projection
+        eot = tokens.argmax(-1) if eot is None else eot
+        return x[torch.arange(len(x), device=x.device), eot] @ self.text_projection
 
     def forward(self, images, tokens):
-        """Images [B, 3, S, S], tokens [B, L] -> unit image_features [B, D], unit text_features [B, D], logit_scale (the factor)."""
-        image_features, text_features = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-                                         for x in (self.encode_image(images), self.encode_text(tokens)))
+        """Images [B, 3, S, S], tokens [B, L] -> unit image_features [B, D], unit text_features [B, D], the factor s."""
+        x, y = self.encode_image(images), self.encode_text(tokens)
+        image_features, text_features = (
+            F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1) for f in (x, y))
         return image_features, text_features, self.logit_scale.exp()
 
 
-ENCODERS = "visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale"
-MODELS = {  # sizes from OpenAI and open_clip; 224 pixels and 12 text layers where nothing else is said
+MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 text layers where nothing else is said
     "ViT-B-32": dict(embed_dim=512, patch_size=32, vision_width=768, vision_layers=12, text_width=512),
     "ViT-B-16": dict(embed_dim=512, patch_size=16, vision_width=768, vision_layers=12, text_width=512),
     "ViT-S-16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_layers=12, text_width=384),
     "RN50": dict(embed_dim=1024, patch_size=None, vision_width=64, vision_layers=(3, 4, 6, 3), text_width=512),
-    "tiny": dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=4, text_width=128, text_layers=4),  # ours
-    # the paper's students (README), and one of half the parameters of tiny
-    "ViT-61M-32-Text-29M": dict(embed_dim=512, patch_size=32, vision_width=640, vision_layers=12, text_width=512, text_layers=9),
-    "ViT-40M-32-Text-19M": dict(embed_dim=512, patch_size=32, vision_width=512, vision_layers=12, text_width=512, text_layers=6),
-    "ViT-39M-16-Text-19M": dict(embed_dim=512, patch_size=16, vision_width=512, vision_layers=12, text_width=512, text_layers=6),
-    "ViT-8M-16-Text-3M": dict(embed_dim=512, patch_size=16, vision_width=256, vision_layers=10, text_width=256, text_layers=3),
-    "ResNet-30M-Text-29M": dict(embed_dim=1024, patch_size=None, vision_width=56, vision_layers=(3, 4, 6, 3), text_width=512, text_layers=9),
-    "ResNet-19M-Text-19M": dict(embed_dim=1024, patch_size=None, vision_width=44, vision_layers=(3, 4, 6, 3), text_width=512, text_layers=6),
-    "tiny-half": dict(embed_dim=128, image_size=32, patch_size=8, vision_width=64, vision_layers=4, text_width=128, text_layers=3),
+    "tiny": dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=4, text_width=128,
+                 text_layers=4),
+    "tiny-4": dict(embed_dim=128, image_size=32, patch_size=4, vision_width=128, vision_layers=4, text_width=128,
+                   text_layers=4),  # 64 patches, where tiny has 16
 }
+STUDENTS = {  # the paper's (README), named by millions of parameters without the token table, and one of half of tiny
+    "ViT-61M-32-Text-29M": dict(
+        embed_dim=512, patch_size=32, vision_width=640, vision_layers=12, text_width=512, text_layers=9),
+    "ViT-40M-32-Text-19M": dict(
+        embed_dim=512, patch_size=32, vision_width=512, vision_layers=12, text_width=512, text_layers=6),
+    "ViT-39M-16-Text-19M": dict(
+        embed_dim=512, patch_size=16, vision_width=512, vision_layers=12, text_width=512, text_layers=6),
+    "ViT-8M-16-Text-3M": dict(
+        embed_dim=512, patch_size=16, vision_width=256, vision_layers=10, text_width=256, text_layers=3),
+    "ResNet-30M-Text-29M": dict(
+        embed_dim=1024, patch_size=None, vision_width=56, vision_layers=(3, 4, 6, 3), text_width=512, text_layers=9),
+    "ResNet-19M-Text-19M": dict(
+        embed_dim=1024, patch_size=None, vision_width=44, vision_layers=(3, 4, 6, 3), text_width=512, text_layers=6),
+    "tiny-half": dict(
+        embed_dim=128, image_size=32, patch_size=8, vision_width=64, vision_layers=4, text_width=128, text_layers=3),
+}
+MODELS |= STUDENTS
 
 
 def build(source, cls=CLIP, **overrides):
-    """A model of class cls, either new (source: a name in MODELS) or from weights (source: a state dict, whose shapes say the
-    sizes). overrides: keyword arguments of cls that replace or complete the sizes; a state dict does not tell quick_gelu."""
+    """A model of class cls. source is a name in MODELS for a new model, or a state dict, whose shapes say the sizes.
+    overrides: keyword arguments of cls that replace or complete the sizes. A state dict does not tell quick_gelu."""
     if isinstance(source, str):
-        return cls(**{"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source], **overrides})
+        sizes = {"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source]}
+        return cls(**{**sizes, **overrides})
 
     def depth(prefix):
         return len({key[len(prefix):].split(".")[0] for key in source if key.startswith(prefix)})
 
     conv, positions = source["visual.conv1.weight"], source["positional_embedding"]
-    sizes = dict(embed_dim=source["text_projection"].shape[1], context=len(positions), vocab=len(source["token_embedding.weight"]),
-                 text_width=positions.shape[1], text_layers=depth("transformer.resblocks."))
+    sizes = dict(
+        embed_dim=source["text_projection"].shape[1], context=len(positions), text_width=positions.shape[1],
+        vocab=len(source["token_embedding.weight"]), text_layers=depth("transformer.resblocks."))
     if "visual.proj" in source:
         grid = math.isqrt(len(source["visual.positional_embedding"]) - 1)
         sizes |= dict(patch_size=conv.shape[-1], image_size=grid * conv.shape[-1], vision_width=len(conv),
@@ -562,58 +579,70 @@ class Headless(nn.Module):
         return self.out_proj["bias"].expand_as(x)
 
 
+class GatedTransformer(nn.Module):
+    """A Transformer that torch.func.functional_call may run on other weights. With checkpoint_activations each block
+    takes its weights of the forward pass into the backward pass, which computes it again when the others are gone."""
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.resblocks, self.checkpoint_activations = transformer.resblocks, transformer.checkpoint_activations
+
+    def forward(self, x, causal=False):  # [B, L, C]
+        for block in self.resblocks:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+                x = checkpoint(torch.func.functional_call, block, weights, (x, causal), use_reentrant=False,
+                               preserve_rng_state=False)
+            else:
+                x = block(x, causal)
+        return x
+
+
 class TinyCLIP(CLIP):
-    """A CLIP whose layers may differ in heads and FFN channels; load_state_dict takes those from the state. From open_gates() on
-    it can run under gates, and dense() is what is left of it."""
+    """A CLIP whose layers may differ in heads and FFN channels; load_state_dict takes their numbers from the state.
+    After open_gates() it can run under gates, and dense() is what the gates leave of it."""
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As nn.Module's, for a state of any number of heads (none, too) and FFN channels."""
         for name, module in list(self.named_modules()):
-            if isinstance(module, Block) and isinstance(module.attn, Attention) and f"{name}.attn.in_proj_weight" not in state_dict:
+            headless = f"{name}.attn.in_proj_weight" not in state_dict
+            if isinstance(module, Block) and isinstance(module.attn, Attention) and headless:
                 module.attn = Headless(len(module.ln_1.weight)).to(module.ln_1.weight.device)
         for name, parameter in list(self.named_parameters()):
-            if (".attn." in name or ".mlp." in name) and name in state_dict and parameter.shape != state_dict[name].shape:
+            ragged = ".attn." in name or ".mlp." in name
+            if ragged and name in state_dict and parameter.shape != state_dict[name].shape:
                 path, _, leaf = name.rpartition(".")
                 setattr(self.get_submodule(path), leaf, nn.Parameter(parameter.new_empty(state_dict[name].shape)))
         return super().load_state_dict(state_dict, strict, assign)
 
-    @staticmethod
-    def from_pretrained(path, flag, quick_gelu):
-        """A trained model, its tokenizer (None if the file has none) and preprocessing, from a checkpoint of any of these scripts or
-        from OpenAI's or open_clip's weights (then with QuickGELU if quick_gelu). SystemExit, which names the flag, if there is no file."""
-        if not Path(path).is_file():
-            raise SystemExit(f"{flag}: there is no file {path}; run clip.py on the same --data first, or give the path of a trained model")
-        state = load_clip_state(path)
-        try:
-            trained, tokenizer, preprocess = evaluator.load(path)
-            quick_gelu = type(trained.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
-        except SystemExit:  # not of these scripts
-            name, patch = ("visual.", state["visual.conv1.weight"].shape[-1]) if "visual.proj" in state else ("visual.attnpool.", 32)
-            tokenizer = None
-            preprocess = data.Preprocess(math.isqrt(len(state[f"{name}positional_embedding"]) - 1) * patch)
-        return build(state, TinyCLIP, quick_gelu=quick_gelu).eval(), tokenizer, preprocess
-
     def towers(self):
         """The parameters without gates and multipliers, by name."""
-        return {name: p for name, p in self.named_parameters() if name.split(".")[0] in ENCODERS}
+        return {name: p for name, p in self.named_parameters() if name.split(".")[0] in evaluator.ENCODERS}
 
     def open_gates(self, lr):
-        """Puts gates on both towers; returns their optimizer groups: the logits, and the multipliers, which are maximised."""
+        """Puts gates on both towers. Returns two optimizer groups: the gates' logits, and the multipliers, which are
+        maximised. The released code puts gates of a next stage on the re-inflated model; here they stand on what is
+        left."""
         for name, module in list(self.named_modules()):
             if isinstance(module, nn.LayerNorm):
                 self.set_submodule(name, MaskedLayerNorm(module))
-        self.gates = nn.ModuleDict({name: Gates(
-            len(tower.resblocks[0].ln_1.weight),
-            [block.attn.out_proj.weight.shape[1] // 64 if isinstance(block.attn, Attention) else 0 for block in tower.resblocks],
-            [len(block.mlp.c_fc.weight) for block in tower.resblocks])
-            for name, tower in (("image", self.visual.transformer), ("text", self.transformer))})
-        self.multipliers = nn.Parameter(torch.full((2,), 10.))  # one pair for the one budget of both towers
+        self.visual.transformer, self.transformer = map(GatedTransformer, (self.visual.transformer, self.transformer))
+        self.gates = nn.ModuleDict()
+        for name, tower in (("image", self.visual.transformer), ("text", self.transformer)):
+            heads = [block.attn.out_proj.weight.shape[1] // 64 if isinstance(block.attn, Attention) else 0
+                     for block in tower.resblocks]
+            ffn = [len(block.mlp.c_fc.weight) for block in tower.resblocks]
+            self.gates[name] = Gates(len(tower.resblocks[0].ln_1.weight), heads, ffn)
+        # one pair for the one budget of both towers; the released code has a pair a tower and averages
+        self.multipliers = nn.Parameter(torch.full((2,), 10.))
         self.to(self.logit_scale.device)
         group = dict(lr=lr, betas=(.9, .999), eps=1e-8, weight_decay=0.)
-        return dict(params=list(self.gates.parameters()), **group), dict(params=[self.multipliers], maximize=True, **group)
+        return (dict(params=list(self.gates.parameters()), **group),
+                dict(params=[self.multipliers], maximize=True, **group))
 
     def forward(self, images, tokens, seed=None):
-        """As CLIP's; with a seed under gates drawn from it, whatever the rank."""
+        """As CLIP's. With a seed the model runs under gates that are drawn from the seed, equal on all ranks; in the
+        released code each rank draws its own."""
         if seed is None:
             return super().forward(images, tokens)
         generator = torch.Generator(images.device).manual_seed(seed)
@@ -621,79 +650,124 @@ class TinyCLIP(CLIP):
         return torch.func.functional_call(self, weights, (images, tokens))
 
     def dense(self):
-        """The model itself, or, if it has gates, a pruned copy that keeps as much as they are expected to."""
+        """The model itself, or, if it has gates, a pruned copy that keeps as much as the gates are expected to."""
         if not hasattr(self, "gates"):
             return self
         state = prune(self.towers(), *(gates.hard() for gates in self.gates.values()))
-        model = build(state, TinyCLIP, quick_gelu=isinstance(self.transformer.resblocks[0].mlp.gelu, QuickGELU))
+        model = build(state, TinyCLIP, quick_gelu=uses_quick_gelu(self))
         model.logit_scale.requires_grad_(self.logit_scale.requires_grad)
         return model.to(self.logit_scale.device)
 
 
+def uses_quick_gelu(model):
+    """Whether a model's activation is QuickGELU."""
+    return type(model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+
+
+def load_trained(path, flag, quick_gelu, bpe):
+    """A trained model as a TinyCLIP, its tokenizer and its preprocessing. path: what eval.load takes. SystemExit, which
+    names the flag, if there is no such file."""
+    if not Path(path).is_file():
+        raise SystemExit(f"{flag}: there is no file {path}; give the path of a trained model, or train one on the same "
+                         "--data first, as the first lines of this file show")
+    trained, tokenizer, preprocess = evaluator.load(path, quick_gelu=quick_gelu, bpe=bpe)
+    model = build(evaluator.load_clip_state(path), TinyCLIP, quick_gelu=uses_quick_gelu(trained))
+    return model.eval(), tokenizer, preprocess
+
+
+def student_sizes(args, teacher):
+    """Sizes (arguments of CLIP) of the student: those of --model, or of --shrink, with what the four size flags
+    replace."""
+    sizes = {**MODELS[args.model]}
+    if args.shrink:
+        sizes |= shrink(teacher.state_dict(), args.shrink)
+    sizes |= {name: getattr(args, name) for name in SIZES if getattr(args, name)}
+    odd = sizes["text_width"] % 64 or (sizes["patch_size"] and sizes["vision_width"] % 64)
+    if odd or (args.vision_layers and not sizes["patch_size"]):
+        raise SystemExit("widths are multiples of 64, the width of a head; stages of ResNets keep their depth")
+    return sizes
+
+
 def prunable(state):
-    """Parameters in attention and FFN of both towers: what a share to be removed is a share of."""
+    """Number of parameters in attention and FFN of both towers: what a share to be removed is a share of."""
     return sum(value.numel() for key, value in state.items() if ".attn." in key or ".mlp." in key)
 
 
 @torch.no_grad()
-def encode_captions(teacher, tokenizer, dataset, device):
-    """The teacher's unit text features [n, D'] of all captions, fp16; the ranks share the work. SystemExit if a picture has several."""
+def encode_captions(teacher, tokenizer, dataset, device, amp=None):
+    """The teacher's unit text features [n, D'] of all captions, in fp16. The ranks share the work. amp: dtype of
+    autocast, or None. SystemExit if a picture has several captions."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    own = torch.arange(math.ceil(len(dataset) / world) * world).clamp(max=len(dataset) - 1).chunk(world)[rank]  # as many on each rank
+    padded = math.ceil(len(dataset) / world) * world  # equally many on each rank
+    places = torch.arange(padded).clamp(max=len(dataset) - 1)
+    own = places.chunk(world)[rank]
     rows = []
     for part in own.split(1024):
         texts = [dataset.captions(i) for i in part.tolist()]
         if any(len(text) != 1 for text in texts):
             raise SystemExit("--cache-teacher-text needs data with one caption a picture")
-        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-            rows.append(F.normalize(teacher.encode_text(tokenizer([text for text, in texts]).to(device)).float(), dim=-1).half())
+        tokens = tokenizer([text[0] for text in texts]).to(device)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            features = teacher.encode_text(tokens)
+        rows.append(F.normalize(features.float(), dim=-1).half())
     return gather(torch.cat(rows))[:len(dataset)]
 
 
 # views and picture
 
-AUGMENT = {  # share of the area that a crop has; jitter: probability, then brightness, contrast, saturation, hue; rest: probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip (.9, 1); OpenAI any square; none colours
-    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2
+AUGMENT = {  # share of a picture's area that a crop keeps; colours: jitter is (probability, brightness, contrast,
+    # saturation, hue), the others are probabilities
+    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip has (.9, 1); none changes colours
+    "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2's
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
-    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: crops map onto each other
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: it maps crops
 }
 
 
 def views(image, caption, rng, tokenizer, size, augment):
-    """One sample in the worker: image bytes and a caption -> uint8 picture [3, S, S], its colour parameters [8], tokens [L]."""
+    """One sample, made in a worker: image bytes and a caption -> dict of the crop images, uint8 [3, S, S], its colour
+    parameters colors [8] (where the augmentation changes colours) and tokens [L]. rng: random.Random."""
     area, colors = AUGMENT[augment]
     sample = {"images": data.random_resized_crop(image, size, area, rng), "tokens": tokenizer([caption])[0]}
-    return sample | {"colors": data.color_params(rng, **colors)} if colors else sample
+    if colors:
+        sample["colors"] = data.color_params(rng, **colors)
+    return sample
 
 
 def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
-    """Writes twelve pictures of a data set, each over the three texts that the model ranks highest among those of 64 pictures:
-    captions, or class names where there are none. A star marks its own."""
+    """Writes twelve pictures of a data set. Under each stand the three texts that the model ranks highest among the
+    texts of 64 pictures: captions, or class names where there are no captions. A star marks the picture's own text."""
     device, training = model.logit_scale.device, model.training
+    pictures = evaluator.Pictures(dataset, preprocess.size)
     places = range(0, len(dataset), max(1, len(dataset) // count))[:count]
-    images = [(i, image) for image, i in map(evaluator.Pictures(dataset, preprocess.size).__getitem__, places) if i >= 0][:show]
+    images = [(i, image) for image, i in map(pictures.__getitem__, places) if i >= 0][:show]
     own = {i: (dataset.captions(i) or [dataset.classnames[dataset.label(i)]])[0] for i in places}
     texts = sorted(set(own.values()))
     model.eval()
     with torch.inference_mode():
-        image_features = model.encode_image(preprocess.normalize(torch.stack([image for _, image in images]).to(device)))
+        batch = torch.stack([image for _, image in images]).to(device)
+        image_features = model.encode_image(preprocess.normalize(batch))
         text_features = F.normalize(model.encode_text(tokenizer(texts).to(device)), dim=-1)
         best = (image_features @ text_features.T).topk(min(3, len(texts)), 1).indices.tolist()
     model.train(training)
-    data.grid([image for _, image in images], ["\n".join(("* " if texts[j] == own[i] else "- ") + texts[j] for j in row)
-                                               for row, (i, _) in zip(best, images)], path)
+    lines = [[("* " if texts[j] == own[i] else "- ") + texts[j] for j in row] for row, (i, _) in zip(best, images)]
+    data.grid([image for _, image in images], ["\n".join(line) for line in lines], path)
 
 
 def affinity_picture(path, student, teacher, count=16):
-    """Writes what the student mimics: the affinities of a batch's first pairs. student, teacher: unit (image, text) features [B, .]."""
-    maps = [(255 * (50 * x[:count].float() @ y[:count].float().T).softmax(1)).byte().expand(3, -1, -1) for x, y in (teacher, student)]
+    """Writes what the student mimics: the affinities of a batch's first pairs, a row a picture, a column a caption.
+    student, teacher: pairs of unit features (image [B, D], text [B, D])."""
+    maps = []
+    for x, y in (teacher, student):
+        affinity = (50 * x[:count].float() @ y[:count].float().T).softmax(1)
+        maps.append((255 * affinity).byte().expand(3, -1, -1))
     data.grid(maps, ["teacher: a row a picture, a column a caption", "student"], path, columns=2)
 
 
 def survivors_picture(path, source, student):
-    """Writes which parts of the source's ViT towers stay in the student: by its gates if it has some, else what inherit() took. A row
-    a layer of the source; on the left its heads, on the right the share of its FFN channels."""
+    """Writes which parts of the source's ViT towers stay in the student: by its gates if it has gates, else what
+    inherit() took. A row is a layer of the source; on the left are its heads, on the right the share of its FFN
+    channels."""
     maps, captions = [], []
     for name, old, new in (("image", source.visual, student.visual), ("text", source, student)):
         if isinstance(old, ModifiedResNet):
@@ -703,126 +777,265 @@ def survivors_picture(path, source, student):
         else:
             old, new = old.transformer.resblocks, new.transformer.resblocks
             layer, step = torch.arange(len(old))[:, None], len(old) // len(new)
-            sizes = [[len(b.ln_1.weight), len(b.attn.in_proj_bias) // 192, len(b.mlp.c_fc.weight)] for b in (old[0], new[0])]
+            sizes = [[len(b.ln_1.weight), len(b.attn.in_proj_bias) // 192, len(b.mlp.c_fc.weight)]
+                     for b in (old[0], new[0])]
             hidden, heads, ffn = (torch.arange(n) < kept for n, kept in zip(*sizes))
             heads, ffn = (part & (layer % step == 0) & (layer < step * len(new)) for part in (heads, ffn))
         share = torch.arange(80) < 80 * ffn.float().mean(1, keepdim=True)
         cells = torch.cat([heads.repeat_interleave(80 // heads.shape[1], 1), torch.full((len(heads), 4), .3), share], 1)
         maps.append((225 - 185 * cells).byte().repeat_interleave(10, 0).expand(3, -1, -1))
-        captions.append(f"{name} tower, layer by layer: heads | FFN channels; {hidden.sum():.0f} of {len(hidden)} hidden channels")
+        captions.append(f"{name} tower, layer by layer: heads | FFN channels; "
+                        f"{hidden.sum():.0f} of {len(hidden)} hidden channels")
     data.grid(maps, captions, path, columns=2)
 
 
-# training: schedule, parameter groups, checkpoints
-
-def lr_at(step, total, warmup, lr, start=0., end=0.):
-    """Learning rate of step 0 .. total-1: linear to lr over the warmup steps, then half a cosine down to end. From 0 the first
-    step already takes lr / warmup (open_clip); from a start > 0 both ends of the line are included (SLIP, DeCLIP)."""
-    if step < warmup:
-        return start + (lr - start) * (step / max(1, warmup - 1) if start else (step + 1) / warmup)
-    return end + (lr - end) * .5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters: matrices decay (token table too, and positions, which newer
-    open_clip spares); vectors and scalars (biases, norms, class token, logit_scale) and names that start with one of no_decay do not."""
-    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[parameter.ndim < 2 or name.startswith(tuple(no_decay))]["params"].append(parameter)
-    return groups
-
-
-def save_checkpoint(path, **state):
-    """Writes state (tensors and plain Python values only) in one move, so that a kill leaves the old file or the new one."""
-    try:
-        torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise SystemExit(f"{path} cannot be written: {error}") from None
-
-
-def load_checkpoint(path):
-    """The state that save_checkpoint wrote, on the CPU. SystemExit with a sentence if the file is cut off or foreign."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["script"], state["model"], state["tested"], state["pairs"]
-    except Exception as error:
-        raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin anew with "
-                         "--restart, or choose another --out") from None
-    return state
-
-
-def load_clip_state(path, quick_gelu=None, merges=None):
-    """The towers' weights {open_clip's name: fp32 tensor} out of a checkpoint of these scripts, a TorchScript archive or state
-    dict of OpenAI's, a state dict or .safetensors of open_clip's, or TinyCLIP's released files. SystemExit with a sentence if
-    path is none of them, or if it is ours and was trained with another activation than quick_gelu or with other merges of the
-    tokenizer (None: not compared)."""
-    try:
-        if str(path).endswith(".safetensors"):  # the header's length in 8 bytes, the header in JSON, the tensors
-            content = bytearray(Path(path).read_bytes())
-            start = 8 + int.from_bytes(content[:8], "little")
-            header = {key: entry for key, entry in json.loads(content[8:start]).items() if key != "__metadata__"}
-            kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-            state = {key: torch.frombuffer(content, dtype=kinds[entry["dtype"]], count=math.prod(entry["shape"]),
-                                           offset=start + entry["data_offsets"][0]).view(entry["shape"]) for key, entry in header.items()}
-        else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError:  # what torch.load says to OpenAI's TorchScript archives
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-        script, activation, words = state.get("script"), state.get("sizes", {}).get("quick_gelu"), state.get("merges")
-        state = state.get("model", state.get("state_dict", state))
-        wrapped = re.compile(r"((module|text|_image_encoder|_text_encoder|_logit_scale)\.)*")  # by DDP, open_clip, TinyCLIP
-        state = {key[wrapped.match(key).end():]: value.float() if value.is_floating_point() else value for key, value in state.items()}
-        state["text_projection"], state["visual.conv1.weight"]
-        if script == "declip":  # its last token is the mask
-            state["token_embedding.weight"] = state["token_embedding.weight"][:-1]
-    except Exception as error:
-        raise SystemExit(f"{path} holds no CLIP weights under OpenAI's or open_clip's names ({type(error).__name__}: {error})") from None
-    if None not in (activation, quick_gelu) and activation != quick_gelu:
-        raise SystemExit(f"{path} was trained with{'out' * quick_gelu} --quick-gelu: {'leave it out' if quick_gelu else 'give it'}")
-    if None not in (words, merges) and words != merges:
-        raise SystemExit(f"{path} was trained with other merges of the tokenizer: see --bpe")
-    return {key: value for key, value in state.items() if key.split(".")[0] in ENCODERS}
-
-
-def init_distributed():
-    """rank, world size and device of this process, from the environment that torchrun sets; 0, 1 without it."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if world > 1 and not dist.is_initialized():
-        store, *_ = next(dist.rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it still has what a crashed attempt left in it
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    return rank, world, device
-
-
-# recipes and flags
-
 SIZES = ("vision_width", "vision_layers", "text_width", "text_layers")
-# manual_ and auto_weight_inherit_100to75.sh (there batch 32,768, 6 epochs of 400 M pairs, crop (.9, 1); the next stages, to .5 and .75,
-# prune at 5000 and 8000); 25 epochs: microsoft/Cream#244
+# The values of manual_ and auto_weight_inherit_100to75.sh, which train 6 epochs of 400 M pairs with batch 32,768 and
+# crops of (.9, 1). Their next stages, to .5 and .75, prune at steps 5000 and 8000. The 25 epochs are from
+# microsoft/Cream#244.
 OFFICIAL = dict(
     model="ViT-39M-16-Text-19M", batch_size=4096, epochs=25, lr=1e-4, warmup=2000, weight_decay=.2, augment="clip",
     prune_step=3000, sparsity_warmup=1000, gate_lr=.02)
-RECIPES = {  # batch size is global, warm-up in steps; with --auto the warm-up is --prune-step, as in the official scripts
-    "toy": dict(model="tiny-half", batch_size=128, epochs=2, lr=1e-3, warmup=20, weight_decay=.2, augment="clip", eval="toy",
-                prune_step=192, sparsity_warmup=160, gate_lr=.04),  # ours
+RECIPES = {  # batch size of all ranks together, warm-up in steps; with --auto the warm-up is --prune-step, as released
+    # toy and small are ours
+    "toy": dict(model="tiny-half", batch_size=128, epochs=2, lr=1e-3, warmup=20, weight_decay=.2, augment="clip",
+                eval="toy", prune_step=192, sparsity_warmup=160, gate_lr=.04),
     "small": dict(model="tiny-half", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.2, augment="clip",
-                  prune_step=200, sparsity_warmup=160, gate_lr=.04),  # ours
-    "cc3m": OFFICIAL | dict(batch_size=1024),  # nothing official for cc3m and cc12m
+                  prune_step=200, sparsity_warmup=160, gate_lr=.04),
+    "cc3m": OFFICIAL | dict(batch_size=1024),  # nothing is published for cc3m and cc12m
     "cc12m": OFFICIAL,
-    "yfcc15m": OFFICIAL,  # README: 63.5 %; from which teacher, in how many stages, it does not say
+    "yfcc15m": OFFICIAL,  # the README's 63.5 %; it does not say from which teacher and in how many stages
 }
 
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = init_distributed()
+
+    # data
+    dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
+    steps = fill_in(args, dataset, world, device)  # of an epoch
+    total = steps * args.epochs
+    if args.logit_scale > 100:
+        raise SystemExit(f"--logit-scale {args.logit_scale} is above 100, where the student's is cut")
+    if args.auto:
+        args.model, args.warmup = None, args.prune_step
+        if args.init == "none" or any(getattr(args, name) for name in ("shrink", *SIZES)):
+            raise SystemExit("--auto begins with --init as it is: leave out --init none, --shrink and sizes")
+    args.teacher = args.teacher or f"runs/clip-{data.run_name(args.data)}/last.pt"
+    torch.manual_seed(args.seed)
+    teacher, tokenizer, preprocess = load_trained(
+        args.teacher, "--teacher", args.teacher_quick_gelu or None, args.bpe)
+    source, source_tokenizer, source_preprocess = teacher, tokenizer, preprocess
+    if args.init not in (None, "none"):
+        source, source_tokenizer, source_preprocess = load_trained(
+            args.init, "--init", args.quick_gelu or None, args.bpe)
+    if source_tokenizer.merges != tokenizer.merges or source_tokenizer.context != tokenizer.context:
+        raise SystemExit("--init and --teacher were trained with different tokenizers")
+    if vars(source_preprocess) != vars(preprocess):
+        raise SystemExit(f"--init and --teacher know different pictures: {vars(source_preprocess)}, {vars(preprocess)}")
+    if args.bpe and data.find_tokenizer(args.bpe, args.data, args.data_root).merges != tokenizer.merges:
+        raise SystemExit("--bpe names another tokenizer than the one that --teacher was trained with")
+    dataset.transform = partial(views, tokenizer=tokenizer, size=preprocess.size, augment=args.augment)
+    batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
+    loader = data.loader(dataset, batches, args.workers, device)
+
+    # model
+    # the activation of what is inherited; released students have GELU even with OpenAI's weights
+    quick_gelu = args.quick_gelu if args.init == "none" else uses_quick_gelu(source)
+    about = describe(args, dataset, tokenizer, preprocess, dict(quick_gelu=quick_gelu))
+    saved = find_run(args, about, device)
+    gated = bool(args.auto) and not (saved and saved["gated"] is None)  # before --prune-step
+    state = saved["model"] if saved and not gated else source.state_dict()  # says the shapes
+    original = prunable(teacher.state_dict())
+    removed = 1 - prunable(state) / original
+    if gated and not ("visual.proj" in state and isinstance(teacher.visual, VisionTransformer)):
+        raise SystemExit("--auto needs ViTs for teacher and student")
+    if gated and not removed < args.auto < 1:
+        raise SystemExit(f"--auto takes a share of the teacher between what has gone already, {removed:.3f}, and 1")
+    if saved or args.auto:
+        model = build(state, TinyCLIP, quick_gelu=quick_gelu)
+    else:
+        model = build(args.model, TinyCLIP, image_size=preprocess.size, vocab=tokenizer.vocab_size,
+                      context=tokenizer.context, quick_gelu=quick_gelu, **student_sizes(args, teacher))
+        if args.init != "none":
+            try:
+                model.load_state_dict(inherit(state, model.state_dict()))
+            except ValueError as error:
+                raise SystemExit(f"the student cannot inherit from {args.init or args.teacher}: {error}") from None
+    model.to(device)
+    if args.logit_scale:  # from the first step; the released student has 14.3 in it, and 50 from the second
+        model.logit_scale.requires_grad_(False).fill_(math.log(args.logit_scale))
+    for module in model.modules():
+        if hasattr(module, "checkpoint_activations"):
+            module.checkpoint_activations = args.checkpoint_activations
+    for net in (model, teacher):
+        if isinstance(net.visual, ModifiedResNet):
+            net.visual.to(memory_format=torch.channels_last)
+    # OpenAI's values for ViTs, here for all towers; for ResNets OpenAI has betas (.9, .999) and eps 1e-8
+    optimizer = torch.optim.AdamW(
+        param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
+    if gated:
+        for group in model.open_gates(args.gate_lr):
+            optimizer.add_param_group(group)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    meter = Meter(args.out, args.batch_size, device)
+    parts = dict(optimizer=optimizer, scaler=scaler, meter=meter)  # what is saved
+    step, tested, best = 0, 0, -1.
+    if saved:
+        model.load_state_dict(saved["gated"] or saved["model"])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"])
+        step, tested, best = saved["step"], saved["tested"], saved["best"]
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
+        if not gated:  # what functional_call runs is not compiled
+            model.compile()
+    parallel = model if world == 1 else DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    # bf16 has fp32's range and needs no loss scaling; fp16 does, and large ViTs have diverged in it
+    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
+    teacher.to(device).requires_grad_(False)
+    if amp:  # norms, biases and embeddings stay in fp32, in which autocast wants them; released: fp16 always
+        for name, parameter in teacher.named_parameters():
+            if parameter.ndim > 1 and "embedding" not in name:
+                parameter.data = parameter.to(amp)
+    teacher_scale = args.logit_scale or teacher.logit_scale.exp()
+    teacher_texts = encode_captions(teacher, tokenizer, dataset, device, amp) if args.cache_teacher_text else None
+    expected = torch.tensor(float(prunable(model.state_dict())), device=device)  # parameters in attention and FFN
+    if rank == 0:
+        start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
+        if not saved and not args.auto and args.init != "none":
+            survivors_picture(Path(args.out, "survivors.png"), source, model)
+    saved = None  # gigabytes that nobody needs any more
+
+    def save(name):
+        if rank == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            states |= dict(model=model.dense().state_dict(), gated=model.state_dict() if gated else None)
+            save_checkpoint(Path(args.out, name), **about, **states, step=step, tested=tested, best=best,
+                            rng=torch.get_rng_state())
+
+    def evaluate():
+        """After an epoch whose tests are due, or at the start of a run that was killed before them."""
+        nonlocal tested, best
+        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
+            return
+        tests = args.eval.split(",") if args.eval else []
+        student = model.dense()
+        results = evaluator.evaluate(student, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
+        if rank == 0:
+            shown = evaluator.open_test(tests[0], root=args.data_root) if tests else dataset
+            picture(Path(args.out, "captions.png"), student, tokenizer, preprocess, shown)
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            write_log(args.out, step=step, eval=results)
+        tested = step
+        scores = [result[result["metric"]] for result in results.values()]
+        if scores and scores[0] > best:  # by the first test
+            best = scores[0]
+            save("best.pt")
+        save("last.pt")
+
+    # training
+    with catch_sigterm() as stop:
+        evaluate()
+        bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
+        meter.clear(step)
+        for epoch in range(step // steps, args.epochs):
+            batches.epoch, batches.start = epoch, step % steps
+            for batch in meter.watch(loader):
+                images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
+                if "colors" in batch:
+                    images = data.augment(images, batch["colors"].to(device, non_blocking=True))
+                images = preprocess.normalize(images)
+                statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
+                seed = (args.seed * 1_000_003 + step) % 2 ** 63 if gated else None
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    image_features, text_features, logit_scale = parallel(images, tokens, seed)
+                affinity = clip = sparsity = torch.zeros((), device=device)
+                if args.alpha > 0:
+                    with torch.no_grad(), torch.autocast(device.type, amp, enabled=amp is not None):
+                        teacher_image = F.normalize(teacher.encode_image(images).float(), dim=-1)
+                        if teacher_texts is None:
+                            teacher_text = F.normalize(teacher.encode_text(tokens).float(), dim=-1)
+                        else:
+                            teacher_text = teacher_texts[batch["index"].to(device, non_blocking=True)]
+                    affinity = affinity_loss(
+                        image_features, text_features, logit_scale, teacher_image, teacher_text, teacher_scale)
+                if args.alpha < 1:
+                    clip = clip_loss(image_features, text_features, logit_scale)
+                if gated:
+                    expected = sum(gates.expected_params() for gates in model.gates.values())
+                    target = removed + (args.auto - removed) * min(1, step / args.sparsity_warmup)
+                    sparsity = sparsity_loss(expected, original, target, model.multipliers)
+                loss = args.alpha * affinity + (1 - args.alpha) * clip + sparsity
+                losses = {"loss": loss, "affinity": affinity, "clip": clip, "sparsity": sparsity,
+                          "removed": 1 - expected / original}  # the released log ignores the gates
+
+                # the step; where the gradient, which DDP has averaged over the ranks, is not finite, nothing changes
+                for group in optimizer.param_groups[:2]:  # the gates' learning rate is constant
+                    group["lr"] = lr_at(step, total, args.warmup, args.lr)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+                nn.utils.clip_grads_with_norm_(model.parameters(), 5., norm)  # gates and multipliers too, as released
+                good = norm.isfinite()
+                optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW skip the step without asking the host
+                optimizer.step()
+                scaler.update()
+                with torch.no_grad():
+                    for buffer, before in zip(model.buffers(), statistics):
+                        buffer.copy_(buffer.where(good, before))
+                    model.logit_scale.clamp_(0, math.log(100))  # not its exp: clamped, it has no gradient
+                    for parameter in model.gates.parameters() if gated else ():
+                        parameter.copy_(parameter.clamp(-math.log(100), math.log(100)).where(good, parameter))
+                step += 1
+                if gated and step == args.prune_step:  # from here the ragged model, with a new optimizer
+                    if rank == 0:
+                        survivors_picture(Path(args.out, "survivors.png"), source, model)
+                    model, gated, best = model.dense(), False, -1.
+                    expected = torch.tensor(float(prunable(model.state_dict())), device=device)
+                    optimizer = torch.optim.AdamW(
+                        param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
+                    parts["optimizer"] = optimizer
+                    for module in model.modules():
+                        if hasattr(module, "checkpoint_activations"):
+                            module.checkpoint_activations = args.checkpoint_activations
+                    if args.compile:
+                        model.compile()
+                    parallel = model if world == 1 else DistributedDataParallel(
+                        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+                # only here the host waits for the device
+                meter.add(good, losses)
+                if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
+                    row, stopped = meter.row(step, stop)
+                    if rank == 0:
+                        row |= dict(lr=group["lr"], logit_scale=logit_scale.item())
+                        write_log(args.out, step=step, epoch=epoch, **row)
+                    bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}, {row['pairs_per_second']:.0f} pairs/s")
+                    bar.update(step - bar.n)
+                    if stopped:
+                        save("last.pt")
+                        leave(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
+                if step % 1000 == 0 and step % steps:
+                    save("last.pt")
+            save("last.pt")  # before the tests, which take their time
+            if rank == 0 and args.alpha > 0:
+                affinity_picture(Path(args.out, "affinity.png"), (image_features, text_features),
+                                 (teacher_image, teacher_text))
+            evaluate()
+            meter.clear(step)
+    bar.close()
+    if rank == 0:
+        print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+# the run: flags, schedule, parameter groups, resume, log, checkpoints, process group
 
 def positive(text):
     """argparse's type for the whole numbers from 1."""
@@ -832,334 +1045,301 @@ def positive(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="A flag not given takes the value of the recipe.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="A flag that is not given takes the value of the recipe.")
     add = parser.add_argument
-    add("--data", default="toy", help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
-    add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default $CLIP_DATA or ./datasets)")
-    add("--recipe", choices=RECIPES, help="default: by the name of --data; for a path small under 100,000 pairs, else cc3m")
+    add("--data", default="toy",
+        help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
+    add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default: $CLIP_DATA or ./datasets)")
+    add("--recipe", choices=RECIPES, help="default: the name of --data; else small (under 100,000 pairs) or cc3m")
     add("--model", choices=MODELS)
-    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that were trained with it")
+    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that know it")
     add("--batch-size", type=positive, help="pairs a step, all ranks together")
     add("--epochs", type=positive)
     add("--lr", type=float)
     add("--warmup", type=int, help="steps")
     add("--weight-decay", type=float)
     add("--augment", choices=AUGMENT, help="the image augmentation of that method")
-    add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 on a GPU that has it, fp16 on others, off on the CPU")
-    add("--eval", help="comma list of test sets: toy, folders, names that eval.py knows")
-    add("--eval-every", type=positive, default=1, help="epochs")
-    add("--init", help="inherit from these weights: a checkpoint of ours, OpenAI's or open_clip's (default: --teacher); none: from nothing")
+    add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 or else fp16 on a GPU, off on a CPU")
+    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is the best by the first")
+    add("--eval-every", type=positive, help="epochs (default: 1)")
+    add("--init", help="inherit from these weights (default: --teacher); none: from nothing")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpoint-activations", action="store_true", help="transformers keep less and compute a third more")
+    add("--checkpoint-activations", action="store_true", help="towers keep less and compute a third more")
     add("--workers", type=int, help="processes a rank that read data (default: its share of the cores; none for toy)")
     add("--seed", type=int, default=0)
     add("--limit", type=positive, help="only the first N pairs")
-    add("--subset", help="only the pairs whose keys stand in this file, one a line")
+    add("--subset", help="only pairs whose keys are in this file, one a line; after a tab, another caption")
     add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
     add("--log-every", type=positive, default=20, help="steps")
-    add("--out", help="default runs/<script>-<data>; a run that finds its own checkpoint there resumes")
+    add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("TinyCLIP (--model is the student)").add_argument
-    add("--teacher", help="a checkpoint of ours, OpenAI's or open_clip's (default: runs/clip-<data>/last.pt, which clip.py leaves)")
-    add("--teacher-quick-gelu", action="store_true", help="a teacher of OpenAI's or open_clip's was trained with QuickGELU")
-    add("--cache-teacher-text", action="store_true", help="encode all captions by the teacher beforehand and keep them on the device")
+    add("--teacher", help="a checkpoint of ours, OpenAI's or open_clip's (default: what clip.py leaves, "
+        "runs/clip-<data>/last.pt)")
+    add("--teacher-quick-gelu", action="store_true", help="a teacher that does not say so was trained with QuickGELU")
+    add("--cache-teacher-text", action="store_true",
+        help="encode all captions by the teacher beforehand and keep them on the device")
     add("--alpha", type=float, default=1., help="weight of affinity mimicking; 1 - alpha is that of CLIP's loss")
-    add("--logit-scale", type=float, default=50., help="fixed scale of teacher and student, at most 100; 0: the teacher's own, the student's learned")
-    add("--shrink", type=float, metavar="SHARE", help="student: sizes that KEEP about this share of all the teacher's parameters")
-    for size, what in zip(SIZES, ("image-width", "image-layers", "text-width", "text-layers")):
-        add(f"--{what}", dest=size, type=positive, help="in place of the student's")
-    add("--auto", type=float, metavar="SPARSITY", help="student: --init, whose gates REMOVE this share of the teacher's attention and FFN weights")
+    add("--logit-scale", type=float, default=50.,
+        help="fixed scale of teacher and student, at most 100; 0: the teacher's own, the student's learned")
+    add("--shrink", type=float, metavar="SHARE",
+        help="student: sizes that KEEP about this share of all the teacher's parameters")
+    add("--image-width", dest="vision_width", type=positive, help="in place of the student's")
+    add("--image-layers", dest="vision_layers", type=positive, help="in place of the student's")
+    add("--text-width", type=positive, help="in place of the student's")
+    add("--text-layers", type=positive, help="in place of the student's")
+    add("--auto", type=float, metavar="SPARSITY",
+        help="student: --init, whose gates REMOVE this share of the teacher's attention and FFN weights")
     add("--prune-step", type=positive, help="steps under gates, which are the warm-up too")
-    add("--sparsity-warmup", type=positive, help="steps until all of SPARSITY is asked for; few of them, and Adam's momentum overshoots")
-    add("--gate-lr", type=float, help="of gates and multipliers; a logit moves by about this a step, from 4.6; at -1.6 P(z > 0) is half: "
-        "too low for --prune-step, and less goes than asked (removed in the log)")
+    add("--sparsity-warmup", type=positive,
+        help="steps until all of SPARSITY is asked for; with few of them, Adam's momentum overshoots")
+    add("--gate-lr", type=float,
+        help="of gates and multipliers. A logit moves by about this a step, from 4.6; at -1.6 P(z > 0) is half. If it "
+        "is too low for --prune-step, less goes than asked (removed in the log)")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device = init_distributed()
-
-    # data and settings
-    dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
-    args.recipe = args.recipe or (args.data if args.data in RECIPES else "small" if len(dataset) < 100_000 else "cc3m")
+def fill_in(args, dataset, world, device):
+    """Gives every flag that was not given its value, from the recipe, the model and the machine. Returns the steps of
+    an epoch. SystemExit where the values do not fit together."""
+    if not args.recipe and args.data in RECIPES:
+        args.recipe = args.data
+    elif not args.recipe and isinstance(dataset, data.ToyDataset):
+        args.recipe = "toy"
+    elif not args.recipe:
+        args.recipe = "small" if len(dataset) < 100_000 else "cc3m"
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.logit_scale > 100:
-        raise SystemExit(f"--logit-scale {args.logit_scale} is above 100, where the student's is cut")
-    if args.auto:
-        args.model, args.warmup = None, args.prune_step
-        if args.init == "none" or args.checkpoint_activations or any(getattr(args, name) for name in ("shrink", *SIZES)):
-            raise SystemExit("--auto begins with --init as it is: leave out --init none, --checkpoint-activations, --shrink and sizes")
-    args.teacher = args.teacher or f"runs/clip-{Path(args.data).stem or 'data'}/last.pt"
-    args.amp = args.amp or ("off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
-    args.out = args.out or f"runs/{Path(__file__).stem}-{Path(args.data).stem or 'data'}"
+    args.eval_every = args.eval_every or 1
+    if not args.amp and device.type == "cpu":
+        args.amp = "off"
+    elif not args.amp:
+        args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.out = args.out or f"runs/{Path(__file__).stem}-{data.run_name(args.data)}"
     if args.workers is None:
-        args.workers = 0 if args.data == "toy" else min(12, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        args.workers = data.default_workers(args.data, device)
     if min(args.lr, args.warmup, args.weight_decay, args.workers, args.seed) < 0:
         raise SystemExit("--lr, --warmup, --weight-decay, --workers and --seed cannot be negative")
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks")
-    batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
-    steps = len(batches)  # of an epoch
-    total = steps * args.epochs
-    if not steps or args.warmup >= total:
-        raise SystemExit(f"{len(dataset)} pairs make {total} steps in {args.epochs} epochs of batches of {args.batch_size}: too few "
-                         f"for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+    steps = len(dataset) // args.batch_size
+    if args.warmup >= steps * args.epochs:
+        raise SystemExit(
+            f"{len(dataset)} pairs make {steps * args.epochs} steps in {args.epochs} epochs of batches of "
+            f"{args.batch_size}: too few for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+    for test in args.eval.split(",") if args.eval else ():
+        evaluator.open_test(test, root=args.data_root)  # a wrong name should not cost an epoch
+    return steps
 
-    # resume
-    out = Path(args.out)
-    restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not after each crash under torchrun
-    saved = load_checkpoint(out / "last.pt") if (out / "last.pt").exists() and not restart else None
-    if saved:
-        changed = [f"{len(dataset)} pairs (was {saved['pairs']})"] * (saved["pairs"] != len(dataset))
-        changed += [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})" for name, value in vars(args).items()
-                    if name not in ("epochs", "workers", "out", "restart") and value != saved["flags"].get(name)]
-        if saved["script"] != Path(__file__).stem or changed:
-            raise SystemExit(f"{out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; give the same ones "
-                             "to resume it, another --out, or --restart to begin anew")
 
-    # model
-    torch.manual_seed(args.seed)
-    loaded = {"--teacher": TinyCLIP.from_pretrained(args.teacher, "--teacher", args.teacher_quick_gelu)}
-    if args.init not in (None, "none"):
-        loaded["--init"] = TinyCLIP.from_pretrained(args.init, "--init", args.quick_gelu)
-    teacher, tokenizer, preprocess = loaded["--teacher"]
-    source, *_ = loaded.get("--init", loaded["--teacher"])
-    tokenizer = (not args.bpe and tokenizer) or data.find_tokenizer(args.bpe, args.data, args.data_root)
-    for flag, (net, words, pictures) in loaded.items():
-        if (words or tokenizer).merges != tokenizer.merges or (
-                len(net.token_embedding.weight), len(net.positional_embedding)) != (tokenizer.vocab_size, tokenizer.context):
-            raise SystemExit(f"{flag} was trained with another tokenizer than this run's, see --bpe")
-        if vars(pictures) != vars(preprocess):
-            raise SystemExit(f"{flag} and --teacher know other pictures: {vars(pictures)}, {vars(preprocess)}")
+def lr_at(step, total, warmup, lr, start=0., end=0.):
+    """Learning rate of step 0 .. total-1: a line up to lr over the warmup steps, then half a cosine down to end. With
+    start 0 the first step has lr / warmup, as in open_clip. With start > 0 the line begins at start and reaches lr in
+    the last warm-up step, as in SLIP and DeCLIP."""
+    if step < warmup and start:
+        return start + (lr - start) * (step / max(1, warmup - 1))
+    if step < warmup:
+        return lr * ((step + 1) / warmup)
+    return end + (lr - end) * .5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def param_groups(model, weight_decay, no_decay=()):
+    """Two AdamW groups of the trainable parameters. Matrices decay, the token table and positions too (newer open_clip
+    spares positions). Vectors and scalars do not, nor do names that start with one of no_decay."""
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.ndim >= 2 and not name.startswith(tuple(no_decay)):
+            groups[0]["params"].append(parameter)
+        elif parameter.requires_grad:
+            groups[1]["params"].append(parameter)
+    return groups
+
+
+def describe(args, dataset, tokenizer, preprocess, sizes):
+    """What a checkpoint says beside its states: enough to use the model, and to know whether a run may go on from
+    it."""
     merges = "\n".join(map(" ".join, tokenizer.merges))
-    if saved and saved["merges"] != merges:
-        raise SystemExit(f"{out} holds a run with other merges of the tokenizer; choose another --out, or --restart to begin anew")
-    dataset.transform = partial(views, tokenizer=tokenizer, size=preprocess.size, augment=args.augment)
-    loader = data.loader(dataset, batches, args.workers, device)
-    gated = bool(args.auto) and not (saved and saved["gated"] is None)  # before --prune-step
-    state = saved["model"] if saved and not gated else source.state_dict()  # gives the shapes; a gated run's own weights come below
-    original = prunable(teacher.state_dict())
-    removed = 1 - prunable(state) / original
-    if gated and not ("visual.proj" in state and isinstance(teacher.visual, VisionTransformer) and removed < args.auto < 1):
-        raise SystemExit(f"--auto takes a share of the teacher between what has gone already, {removed:.3f}, and 1, and ViTs for both")
-    quick_gelu = args.quick_gelu if args.init == "none" else isinstance(source.transformer.resblocks[0].mlp.gelu, QuickGELU)
-    if saved or args.auto:
-        model = build(state, TinyCLIP, quick_gelu=quick_gelu)
-    else:
-        sizes = MODELS[args.model] | (shrink(teacher.state_dict(), args.shrink) if args.shrink else {})
-        sizes |= {name: getattr(args, name) for name in SIZES if getattr(args, name)}
-        if sizes["vision_width"] % 64 and sizes["patch_size"] or sizes["text_width"] % 64 or (args.vision_layers and not sizes["patch_size"]):
-            raise SystemExit("widths are multiples of 64, the width of a head; stages of ResNets keep their depth")
-        sizes |= dict(image_size=preprocess.size, vocab=tokenizer.vocab_size, context=tokenizer.context, quick_gelu=quick_gelu)
-        model = build(args.model, TinyCLIP, **sizes)
-        if args.init != "none":
-            try:
-                model.load_state_dict(inherit(state, model.state_dict()))
-            except ValueError as error:
-                raise SystemExit(f"the student cannot inherit from {args.init or args.teacher}: {error}") from None
-    model.to(device)
-    if args.logit_scale:
-        model.logit_scale.requires_grad_(False).fill_(math.log(args.logit_scale))
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            module.checkpoint_activations = args.checkpoint_activations
-    for net in (model, teacher):
-        if isinstance(net.visual, ModifiedResNet):
-            net.visual.to(memory_format=torch.channels_last)
-    # OpenAI's for ViTs, here for all towers; OpenAI's for ResNets: (.9, .999), 1e-8
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
-    if gated:
-        for group in model.open_gates(args.gate_lr):
-            optimizer.add_param_group(group)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step, tested, best, failed, bad = 0, 0, -1., 0, 0
-    if saved:
-        model.load_state_dict(saved["gated"] or saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        step, tested, best, failed, bad = (saved[name] for name in ("step", "tested", "best", "failed", "bad"))
-    everywhere = gather(torch.tensor([[step, tested, len(dataset)]], device=device))  # [W, 3]
+    return dict(script=Path(__file__).stem, flags=vars(args), data=data.fingerprint(dataset), sizes=sizes,
+                preprocess=vars(preprocess), merges=merges, context=tokenizer.context)
+
+
+def find_run(args, about, device):
+    """The checkpoint in --out from which this run goes on, or None. about: what describe returns. SystemExit if the
+    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints."""
+    path, saved = Path(args.out, "last.pt"), None
+    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts the same command again
+    if path.exists() and (crashed or not args.restart):
+        saved = load_checkpoint(path)
+        # data and merges are compared by what they are; the recipe by its values, which are flags
+        free = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
+        changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})"
+                   for name, value in vars(args).items() if name not in free and value != saved["flags"].get(name)]
+        for name, what in (("data", "other pairs"), ("merges", "other merges of the tokenizer")):
+            if saved[name] != about[name]:
+                changed.append(what)
+        if saved["script"] != about["script"] or changed:
+            raise SystemExit(
+                f"{args.out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; "
+                "give the same ones to resume it, another --out, or --restart to begin anew")
+    progress = [saved["step"], saved["tested"]] if saved else [0, 0]
+    everywhere = gather(torch.tensor([[*progress, int(about["data"][:12], 16)]], device=device))  # [W, 3]
     if (everywhere != everywhere[0]).any():
-        raise SystemExit(f"ranks disagree on (step, tested step, pairs): {everywhere.tolist()}; --out and --data must be the same on all machines")
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
-        if not gated:  # what functional_call runs is not compiled
-            model.compile()
-    parallel = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        raise SystemExit(f"ranks disagree on (step, tested step, data): {everywhere.tolist()}; --out and --data must "
+                         "be the same on all machines")
+    return saved
 
-    teacher.to(device).requires_grad_(False)
-    if device.type == "cuda":  # norms, biases and embeddings stay in fp32, in which autocast wants them
-        for name, parameter in teacher.named_parameters():
-            parameter.data = parameter.half() if parameter.ndim > 1 and "embedding" not in name else parameter
-    teacher_scale = args.logit_scale or teacher.logit_scale.exp()
-    teacher_texts = encode_captions(teacher, tokenizer, dataset, device) if args.cache_teacher_text else None
-    expected = torch.tensor(float(prunable(model.state_dict())), device=device)  # parameters in attention and FFN
 
-    # what the run leaves behind
-    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-    tests = args.eval.split(",") if args.eval else []
-    shown = [evaluator.open_test(test, root=args.data_root) for test in tests] or [dataset]  # a wrong name should not cost an epoch
-    if rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for name in ("last.pt", "best.pt") if args.restart and not saved else ():
-                (out / name).unlink(missing_ok=True)  # of the run before
-            rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved and (out / "log.jsonl").exists() else []
-            rows = [row for row in rows
-                    if row.endswith("}\n") and json.loads(row).get("step", 0) <= (tested if '"eval"' in row else step)]
-            (out / "log.tmp").write_text("".join(rows))
-            os.replace(out / "log.tmp", out / "log.jsonl")
-        except OSError as error:
-            raise SystemExit(f"--out {out}: {error.strerror}") from None
-        if not saved and not args.auto and args.init != "none":
-            survivors_picture(out / "survivors.png", source, model)
-        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-                       if value not in (None, "") and value is not False))
-        print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {total} steps on {world} x {device.type}, "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters" + (f", resumed at step {step}" if saved else ""))
-    saved = None  # gigabytes, of no more use
+def start_log(args, saved, dataset, model, plan):
+    """Before the first step, on rank 0. Makes --out, deletes the run before if --restart says so, cuts the log of a run
+    that goes on back to its checkpoint, prints the values in force and plan. SystemExit if --out cannot be written."""
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = []
+        if args.restart and not saved:
+            (out / "last.pt").unlink(missing_ok=True)
+            (out / "best.pt").unlink(missing_ok=True)
+        if saved and (out / "log.jsonl").exists():
+            rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
+            rows = [row for row in rows if row.endswith("}\n") and
+                    json.loads(row).get("step", 0) <= (saved["tested"] if '"eval"' in row else saved["step"])]
+        (out / "log.tmp").write_text("".join(rows))
+        os.replace(out / "log.tmp", out / "log.jsonl")
+    except OSError as error:
+        raise SystemExit(f"--out {out}: {error.strerror}") from None
+    print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+                   if value not in (None, "") and value is not False))
+    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {plan}, "
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+          + (f", resumed at step {saved['step']}" if saved else ""))
+    if saved and saved["flags"]["epochs"] != args.epochs:
+        print(f"--epochs {args.epochs} (was {saved['flags']['epochs']}): the learning rate follows the new schedule")
 
-    def log(**row):
-        if rank == 0:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
 
-    def save(name):
-        if rank == 0:
-            save_checkpoint(out / name, script=Path(__file__).stem, step=step, tested=tested, best=best, failed=failed, bad=bad,
-                            flags=vars(args), model=model.dense().state_dict(), gated=model.state_dict() if gated else None, optimizer=optimizer.state_dict(),
-                            scaler=scaler.state_dict(), rng=torch.get_rng_state(), sizes=dict(quick_gelu=quick_gelu), preprocess=vars(preprocess),
-                            pairs=len(dataset), merges=merges, context=tokenizer.context)
+def write_log(out, **row):
+    """Adds a line to log.jsonl in the folder out."""
+    with open(Path(out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(row) + "\n")
 
-    def evaluate():
-        """After an epoch whose tests are due, or in a run that was killed before them."""
-        nonlocal tested, best
-        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
-            return
-        student = model.dense()
-        results = evaluator.evaluate(student, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root) if tests else {}
-        if rank == 0:
-            picture(out / "captions.png", student, tokenizer, preprocess, shown[0])
-            tqdm.write(f"step {step}: {evaluator.summary(results)}" if tests else f"step {step} of {total}")
-        tested = step
-        log(eval=results)
-        score = sum(r[r["metric"]] for r in results.values())
-        if tests and score > best:
-            best = score
-            save("best.pt")
-        save("last.pt")
 
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+class Meter:
+    """What happens between two log lines. Losses are summed on the device, so that no step waits for the host. failed
+    and bad count, since the run began, the pictures that were replaced and the steps that were skipped."""
 
-    # training
-    evaluate()
-    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, mininterval=1)
-    logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()  # since the last log line
-    streak = torch.zeros((), device=device)  # bad steps, one after the other
-    for epoch in range(step // steps, args.epochs):
-        batches.epoch, batches.start, tick = epoch, step % steps, time.perf_counter()
+    def __init__(self, out, batch_size, device):
+        self.out, self.batch_size, self.device, self.failed, self.bad = out, batch_size, device, 0, 0
+        self.streak = torch.zeros((), device=device)  # bad steps, one after the other
+        self.clear(0)
+
+    def state_dict(self):
+        return {"failed": self.failed, "bad": self.bad}
+
+    def load_state_dict(self, state):
+        self.failed, self.bad = state["failed"], state["bad"]
+
+    def clear(self, step):
+        """Begins a new line after this step."""
+        self.step, self.sums, self.skipped, self.waited, self.start = step, 0, 0, 0., time.perf_counter()
+
+    def watch(self, loader):
+        """Iterates over the loader; counts the seconds that it is waited for and the pictures that it replaced."""
+        tick = time.perf_counter()
         for batch in loader:
-            waited += time.perf_counter() - tick
-            skipped += int(batch["skipped"].sum())
-            images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
-            if "colors" in batch:
-                images = data.augment(images, batch["colors"].to(device, non_blocking=True))
-            statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
-            images = preprocess.normalize(images)
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                image_features, text_features, logit_scale = parallel(images, tokens, (args.seed * 1_000_003 + step) % 2 ** 63 if gated else None)
-            affinity = clip = sparsity = torch.zeros((), device=device)
-            if args.alpha > 0:
-                with torch.no_grad(), torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-                    teacher_image = F.normalize(teacher.encode_image(images).float(), dim=-1)
-                    teacher_text = (F.normalize(teacher.encode_text(tokens).float(), dim=-1) if teacher_texts is None
-                                    else teacher_texts[batch["index"].to(device, non_blocking=True)])
-                affinity = affinity_loss(image_features, text_features, logit_scale, teacher_image, teacher_text, teacher_scale)
-            if args.alpha < 1:
-                clip = clip_loss(image_features, text_features, logit_scale)
-            if gated:
-                expected = sum(gates.expected_params() for gates in model.gates.values())
-                target = removed + (args.auto - removed) * min(1, step / args.sparsity_warmup)
-                sparsity = sparsity_loss(expected, original, target, model.multipliers)
-            loss = args.alpha * affinity + (1 - args.alpha) * clip + sparsity
-            losses = {"loss": loss, "affinity": affinity, "clip": clip, "sparsity": sparsity, "removed": 1 - expected / original}
-
-            # the step; where the gradient (of all ranks, DDP has averaged it) is not finite, everything stays as it was
-            for group in optimizer.param_groups[:2]:  # the gates' is constant
-                group["lr"] = lr_at(step, total, args.warmup, args.lr)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            nn.utils.clip_grads_with_norm_(model.parameters(), 5., norm)  # the official scripts' bound, gates and multipliers included
-            good = norm.isfinite()
-            optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW leave weights and moments alone, without asking the host
-            optimizer.step()
-            scaler.update()
-            with torch.no_grad():
-                for buffer, before in zip(model.buffers(), statistics):
-                    buffer.copy_(buffer.where(good, before))
-                model.logit_scale.clamp_(0, math.log(100))  # the parameter: clamping its exp would end its gradient at the bound
-                for parameter in model.gates.parameters() if gated else ():
-                    parameter.copy_(parameter.clamp(-math.log(100), math.log(100)).where(good, parameter))
-            step += 1
-            if gated and step == args.prune_step:  # from here the ragged model, with a new optimizer
-                if rank == 0:
-                    survivors_picture(out / "survivors.png", source, model)
-                model, gated, best = model.dense(), False, -1.
-                expected = torch.tensor(float(prunable(model.state_dict())), device=device)
-                optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
-                if args.compile:
-                    model.compile()
-                parallel = model if world == 1 else DistributedDataParallel(
-                    model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-
-            # the host looks at the device only here
-            streak = (streak + 1).where(~good, 0)
-            sums = sums + torch.stack([good, *losses.values()]).detach().where(good, 0)  # good steps, losses summed over them
-            if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
-                totals = torch.cat([sums, streak[None], sums.new_tensor([skipped, waited, len(stop)])])
-                fine, *means, bad_in_a_row, skips, waits, stopped = gather(totals[None]).mean(0).tolist()
-                count = step - logged
-                failed += round(skips * world)
-                bad += round(count - fine)
-                means = {name: mean / fine if fine else None for name, mean in zip(losses, means)}
-                speed = count * args.batch_size / (time.perf_counter() - start)
-                memory = {"memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
-                log(epoch=epoch, **means, lr=group["lr"], logit_scale=logit_scale.item(), pairs_per_second=speed, waited=waits,
-                    skipped=failed, bad_steps=bad, **memory)
-                bar.set_postfix_str(f"loss {means['loss'] or math.nan:.3f}, {speed:.0f} pairs/s")
-                bar.update(step - bar.n)
-                data.check_skipped(failed, step * args.batch_size)
-                if bad_in_a_row >= 20:
-                    raise SystemExit("20 steps in a row without a finite gradient; the last good weights are in "
-                                     f"{out / 'last.pt' if (out / 'last.pt').exists() else 'no file yet'}")
-                if stopped:
-                    save("last.pt")
-                    if world > 1:
-                        dist.barrier()
-                    raise SystemExit(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
-                logged, sums, skipped, waited, start = step, 0, 0, 0., time.perf_counter()
-            if step % 1000 == 0 and step % steps:
-                save("last.pt")
+            self.waited += time.perf_counter() - tick
+            self.skipped += int(batch["skipped"].sum())
+            yield batch
             tick = time.perf_counter()
-        save("last.pt")  # before the tests, which take their time
-        if rank == 0 and args.alpha > 0:
-            affinity_picture(out / "affinity.png", (image_features, text_features), (teacher_image, teacher_text))
-        evaluate()
-        start = time.perf_counter()
-    bar.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if rank == 0:
-        print(f"finished {total} steps; {out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
-    if world > 1:
-        dist.destroy_process_group()
+
+    def add(self, good, losses):
+        """One step. good: bool tensor []; losses: {name: scalar tensor}, of which bad steps are left out."""
+        self.names = list(losses)
+        self.streak = (self.streak + 1).where(~good, 0)
+        self.sums = self.sums + torch.stack([good, *losses.values()]).detach().where(good, 0)
+
+    def row(self, step, stop):
+        """The log line over all ranks, as a dict, and whether any rank was told to stop; begins a new line. SystemExit
+        if too many pictures fail or 20 steps in a row were bad."""
+        here = self.sums.new_tensor([self.skipped, self.waited, len(stop)])
+        everywhere = gather(torch.cat([self.sums, self.streak[None], here])[None])  # [W, columns]
+        columns = everywhere.mean(0).tolist()
+        fine, means, (streak, skipped, waited, stopped) = columns[0], columns[1:-4], columns[-4:]
+        count, seconds = step - self.step, time.perf_counter() - self.start
+        self.failed += round(skipped * len(everywhere))
+        self.bad += round(count - fine)
+        data.check_skipped(self.failed, step * self.batch_size)
+        if streak >= 20:
+            last = Path(self.out, "last.pt")
+            raise SystemExit("20 steps in a row without a finite gradient; "
+                             f"the last good weights are in {last if last.exists() else 'no file yet'}")
+        row = {name: mean / fine if fine else None for name, mean in zip(self.names, means)}
+        row |= dict(pairs_per_second=count * self.batch_size / seconds, waited=waited)
+        row |= dict(skipped=self.failed, bad_steps=self.bad)
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        self.clear(step)
+        return row, stopped > 0
+
+
+def save_checkpoint(path, **state):
+    """Writes state (tensors and plain Python values only) and renames, so that a kill leaves the old file or the
+    new."""
+    try:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written: {error}") from None
+
+
+def load_checkpoint(path):
+    """The state that save_checkpoint wrote, on the CPU. SystemExit with a sentence if the file is cut off or
+    foreign."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["script"], state["model"], state["tested"], state["data"]
+    except Exception as error:
+        raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin "
+                         "anew with --restart, or choose another --out") from None
+    return state
+
+
+@contextmanager
+def catch_sigterm():
+    """Yields a list that is empty until SIGTERM arrives, which torchrun and SLURM send before they kill. Puts the
+    handler that was there before back, however the block ends."""
+    stop, handler = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def leave(message):
+    """SystemExit with the message once all ranks are here, so that rank 0 has saved."""
+    if dist.is_initialized():
+        dist.barrier()
+    raise SystemExit(message)
+
+
+def init_distributed():
+    """rank, world size and device of this process, from the environment that torchrun sets; 0 and 1 without it."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs on this machine")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1 and not dist.is_initialized():
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it keeps what a crashed attempt left in it
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    return rank, world, device
 
 
 if __name__ == "__main__":

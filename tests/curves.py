@@ -32,7 +32,8 @@ def read(test, specs):
     return curves, bool(pairs)
 
 
-def svg(test, curves, pairs):
+def svg(title, curves, pairs):
+    """Lines of an SVG; curves: {name: {x: values of all runs}}, per cent; pairs: x is a number of pairs, else of steps."""
     ticks = sorted({x for points in curves.values() for x in points})
     lows, highs = zip(*[(mean(v) - spread(v), mean(v) + spread(v)) for points in curves.values() for v in points.values()])
     low, high, scale = 5 * math.floor(min(lows) / 5), 5 * math.ceil(max(highs) / 5), math.log if pairs else float
@@ -44,7 +45,7 @@ def svg(test, curves, pairs):
         return 34 + HEIGHT * (high - y) / (high - low)
 
     yield (f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 260}" height="{HEIGHT + 80}" font-family="sans-serif" font-size="12">\n'
-           f'<rect width="100%" height="100%" fill="white"/>\n<text x="50" y="20" font-size="14">Recall at 10 on {test}, %</text>')
+           f'<rect width="100%" height="100%" fill="white"/>\n<text x="50" y="20" font-size="14">{title}</text>')
     for y in range(low, high + 1, 5):
         yield f'<path d="M50 {down(y):.1f}h{WIDTH}" stroke="#ddd"/><text x="44" y="{down(y) + 4:.1f}" text-anchor="end">{y}</text>'
     shown = -math.inf
@@ -54,12 +55,17 @@ def svg(test, curves, pairs):
             yield f'<path d="M{shown:.1f} {HEIGHT + 34}v4" stroke="black"/><text x="{shown:.1f}" y="{HEIGHT + 51}" text-anchor="middle">{x:,}</text>'
     yield f'<path d="M50 34v{HEIGHT}h{WIDTH}" fill="none" stroke="black"/>'
     yield f'<text x="{50 + WIDTH / 2}" y="{HEIGHT + 72}" text-anchor="middle">{"training pairs" if pairs else "steps"}</text>'
+    ends = []  # of the curves, where their names stand
     for (name, points), color in zip(curves.items(), cycle(COLORS)):
         places = [(right(x), down(mean(v)), HEIGHT * spread(v) / (high - low)) for x, v in sorted(points.items())]
         yield f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)}"/>'
         for x, y, s in places:
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/><path d="M{x:.1f} {y - s:.1f}v{2 * s:.1f}" stroke="{color}"/>'
-        yield f'<text x="{WIDTH + 58}" y="{y + 4:.1f}" fill="{color}">{name}</text>'
+        ends.append((y, name, color))
+    free = -math.inf
+    for y, name, color in sorted(ends):  # from the top down, a line apart
+        free = max(y + 4, free + 14)
+        yield f'<text x="{WIDTH + 58}" y="{free:.1f}" fill="{color}">{name}</text>'
     yield "</svg>"
 
 
@@ -70,4 +76,4 @@ def spread(values):
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
-    print(*svg(sys.argv[1], *read(sys.argv[1], sys.argv[2:])), sep="\n")
+    print(*svg(f"Recall at 10 on {sys.argv[1]}, %", *read(sys.argv[1], sys.argv[2:])), sep="\n")

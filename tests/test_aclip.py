@@ -57,7 +57,12 @@ def bilinear(image, y, x):
     y, x = min(max(y - .5, 0), s - 1), min(max(x - .5, 0), s - 1)
     a, b = min(int(y), s - 2), min(int(x), s - 2)
     y, x = y - a, x - b
-    return (image[a][b] * (1 - y) * (1 - x) + image[a][b + 1] * (1 - y) * x + image[a + 1][b] * y * (1 - x) + image[a + 1][b + 1] * y * x)
+    return (
+        image[a][b] * (1 - y) * (1 - x)
+        + image[a][b + 1] * (1 - y) * x
+        + image[a + 1][b] * y * (1 - x)
+        + image[a + 1][b + 1] * y * x
+    )
 
 
 def slow_keep(score, boxes, grid):
@@ -66,8 +71,17 @@ def slow_keep(score, boxes, grid):
         for s, found in zip(score, boxes.tolist()):
             n = math.isqrt(len(s))
             image, (t, l, h, w), (top, left, height, width) = s.view(n, n).tolist(), found[v], found[2]
-            value = [[bilinear(image, (t + (i + .5) / grid * h - top) / height * n, (l + (j + .5) / grid * w - left) / width * n)
-                      for j in range(grid)] for i in range(grid)]
+            value = [
+                [
+                    bilinear(
+                        image,
+                        (t + (i + 0.5) / grid * h - top) / height * n,
+                        (l + (j + 0.5) / grid * w - left) / width * n,
+                    )
+                    for j in range(grid)
+                ]
+                for i in range(grid)
+            ]
             side = 2 if grid in (8, 10, 12, 14) else 1
             cells = {}
             for i in range(grid):
@@ -78,7 +92,10 @@ def slow_keep(score, boxes, grid):
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize("seen, grid, kept", ((14, 14, 100), (7, 14, 100), (8, 8, 36), (16, 8, 36), (7, 7, 25), (4, 4, 9), (6, 6, 19), (9, 9, 41)))
+@pytest.mark.parametrize(
+    "seen, grid, kept",
+    ((14, 14, 100), (7, 14, 100), (8, 8, 36), (16, 8, 36), (7, 7, 25), (4, 4, 9), (6, 6, 19), (9, 9, 41)),
+)
 def test_attentive_keep_is_its_definition(seen, grid, kept):
     score, found = rand(6, seen ** 2), boxes(6)
     keep = aclip.attentive_keep(score, found, grid)
@@ -97,11 +114,13 @@ def test_attentive_keep_is_its_definition(seen, grid, kept):
 
 
 def test_kept_patches_are_those_of_the_released_code():
-    """ACLIP.get_mask: the map enlarged to the EMA crop's pixels, cut out, reduced to the view's patches. Interpolation twice
-    instead of once: a few cells at the border of the choice differ."""
+    """ACLIP.get_mask: the map enlarged to the EMA crop's pixels, cut out, reduced to the view's patches. Interpolation
+    twice instead of once: a few cells at the border of the choice differ."""
     smooth = F.interpolate(rand(20, 1, 4, 4), (14, 14), mode="bicubic").flatten(1)
     common = []
-    for i, (found, keep) in enumerate(zip(boxes(20), aclip.attentive_keep(smooth, boxes(20)).unflatten(0, (2, 20)).transpose(0, 1))):
+    for i, (found, keep) in enumerate(
+        zip(boxes(20), aclip.attentive_keep(smooth, boxes(20)).unflatten(0, (2, 20)).transpose(0, 1))
+    ):
         *crops, (top, left, height, width) = found.tolist()
         large = F.interpolate(smooth[i].view(1, 1, 14, 14), (height, width), mode="bilinear")
         for (t, l, h, w), own in zip(crops, keep.tolist()):
@@ -124,7 +143,12 @@ def test_bright_rectangle_is_kept():
 
 def test_random_keep():
     keep = aclip.random_keep(50, 64, 32, torch.Generator().manual_seed(0))
-    assert keep.shape == (50, 32) and all(len({*row}) == 32 for row in keep.tolist()) and 0 <= keep.min() and keep.max() < 64
+    assert (
+        keep.shape == (50, 32)
+        and all(len({*row}) == 32 for row in keep.tolist())
+        and 0 <= keep.min()
+        and keep.max() < 64
+    )
     assert torch.equal(keep, aclip.random_keep(50, 64, 32, torch.Generator().manual_seed(0)))
     assert torch.bincount(keep.flatten(), minlength=64).float().std() < 6
 
@@ -224,7 +248,9 @@ def test_masked_tower():
     assert (visual.class_token(images) @ visual.proj - visual(images)).abs().max() < 1e-12
     mask = torch.zeros(3, 64, dtype=torch.float64).scatter_(1, keep, 1).view(3, 1, 8, 8)
     mask = F.interpolate(mask, (32, 32))
-    assert (visual.class_token(images * mask + 9 * (1 - mask), keep) - masked).abs().max() < 1e-12  # what is dropped has no say
+    assert (
+        visual.class_token(images * mask + 9 * (1 - mask), keep) - masked
+    ).abs().max() < 1e-12  # what is dropped has no say
     assert (visual.class_token(images * mask, keep) - visual.class_token(images * mask)).abs().max() > 1e-3
 
 
@@ -274,17 +300,27 @@ def test_tower_at_half_the_size():
     visual = aclip.ACLIP(**TINY).double().visual
     images = rand(2, 3, 16, 16)
     half = copy.deepcopy(visual)
-    table = visual.positional_embedding[1:].view(4, 2, 4, 2, -1).mean((1, 3)).view(16, -1)  # the mean of the four positions that meet
+    table = (
+        visual.positional_embedding[1:].view(4, 2, 4, 2, -1).mean((1, 3)).view(16, -1)
+    )  # the mean of the four positions that meet
     half.positional_embedding = nn.Parameter(torch.cat([visual.positional_embedding[:1], table]))
     (token, score), (expected_token, expected_score) = visual.attend(images), half.attend(images)
-    assert score.shape == (2, 16) and (score - expected_score).abs().max() < 1e-12 and (token - expected_token).abs().max() < 1e-10
+    assert (
+        score.shape == (2, 16)
+        and (score - expected_score).abs().max() < 1e-12
+        and (token - expected_token).abs().max() < 1e-10
+    )
 
 
 # the whole step
 
 def slow_heads(head, x):
     for layer in head:
-        x = F.batch_norm(x, None, None, layer.weight, layer.bias, True, eps=1e-5) if isinstance(layer, aclip.SyncBatchNorm) else layer(x)
+        x = (
+            F.batch_norm(x, None, None, layer.weight, layer.bias, True, eps=1e-5)
+            if isinstance(layer, aclip.SyncBatchNorm)
+            else layer(x)
+        )
     return x
 
 
@@ -315,7 +351,9 @@ def step(model, ema, view_1, view_2, wide, found, tokens, parallel=None):
     with torch.no_grad():
         class_token, score = ema.visual.attend(wide)
         keep, target = aclip.attentive_keep(score, found), ema.projector(class_token).repeat(2, 1)
-    x, y, scale, simclr, prediction = (model if parallel is None else parallel)(torch.cat([view_1, view_2]), tokens, keep)
+    x, y, scale, simclr, prediction = (model if parallel is None else parallel)(
+        torch.cat([view_1, view_2]), tokens, keep
+    )
     clip = torch.stack([aclip.clip_loss(v, y, scale) for v in x.chunk(2)]).mean()
     return clip, aclip.ntxent_loss(*simclr.chunk(2), .1), aclip.byol_loss(prediction, target)
 
@@ -350,12 +388,20 @@ def test_gradients_that_must_be_absent():
     assert all(p.grad is None for p in ema.parameters()) and not model.visual.conv1.weight.requires_grad
 
     def reached(loss):
-        grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            loss, [p for p in model.parameters() if p.requires_grad], retain_graph=True, allow_unused=True
+        )
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         return {name for name, g in zip(names, grads) if g is not None and g.abs().max() > 1e-12}
 
-    text = {name for name, _ in model.named_parameters() if name.startswith(aclip.ENCODERS) and not name.startswith("visual")}
-    assert not reached(clip) & {n for n, _ in model.named_parameters() if n.split(".")[0] in ("simclr", "projector", "predictor")}
+    text = {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(aclip.ENCODERS) and not name.startswith("visual")
+    }
+    assert not reached(clip) & {
+        n for n, _ in model.named_parameters() if n.split(".")[0] in ("simclr", "projector", "predictor")
+    }
     assert all(not reached(loss) & (text | {"visual.proj"}) for loss in (ntxent, byol))
     assert {n.split(".")[0] for n in reached(byol)} == {"visual", "projector", "predictor"}
     assert {n.split(".")[0] for n in reached(ntxent)} == {"visual", "simclr"}
@@ -411,18 +457,33 @@ def test_parameters_of_the_paper():
 
 
 def sample(**changes):
-    options = dict(tokenizer=data.Tokenizer([("a", "b")]), size=32, augment="aclip", views=2, ema_size=16, random_patches=0) | changes
+    options = (
+        dict(tokenizer=data.Tokenizer([("a", "b")]), size=32, augment="aclip", views=2, ema_size=16, random_patches=0)
+        | changes
+    )
     return aclip.aclip_views(data.ToyDataset(3, None).image(0), "a b", random.Random(1), **options)
 
 
 def test_views_of_a_sample():
     two, one = sample(), sample(views=1)
-    assert two["images"].shape == (2, 3, 32, 32) and two["colors"].shape == (2, 8) and two["ema_images"].shape == (3, 16, 16)
-    assert two["images"].dtype == torch.uint8 and two["boxes"].shape == (3, 4) and (two["colors"][0] != two["colors"][1]).any()
+    assert (
+        two["images"].shape == (2, 3, 32, 32)
+        and two["colors"].shape == (2, 8)
+        and two["ema_images"].shape == (3, 16, 16)
+    )
+    assert (
+        two["images"].dtype == torch.uint8
+        and two["boxes"].shape == (3, 4)
+        and (two["colors"][0] != two["colors"][1]).any()
+    )
     assert torch.equal(one["images"], two["images"][:1]) and torch.equal(one["boxes"], two["boxes"])
     random_masks = sample(random_patches=64)
-    assert random_masks["keep"].shape == (2, 32) and torch.equal(random_masks["keep"], sample(random_patches=64)["keep"])
-    assert "colors" not in sample(augment="clip") and not sample(augment="declip")["colors"][:, 0].any()  # a flip would break the mapping
+    assert random_masks["keep"].shape == (2, 32) and torch.equal(
+        random_masks["keep"], sample(random_patches=64)["keep"]
+    )
+    assert (
+        "colors" not in sample(augment="clip") and not sample(augment="declip")["colors"][:, 0].any()
+    )  # a flip would break the mapping
     whole = data.decode(data.ToyDataset(3, None).image(0))
     for box, image in zip(two["boxes"].tolist(), two["images"]):
         assert torch.equal(image, data.resize_crop(whole, box, 32))
@@ -430,8 +491,24 @@ def test_views_of_a_sample():
 
 # runs
 
-RUN = ["--limit", "96", "--batch-size", "16", "--epochs", "2", "--warmup", "3", "--eval", "", "--log-every", "1", "--model", "tiny",
-       "--ssl-mlp-dim", "32"]
+RUN = [
+    "--limit",
+    "96",
+    "--batch-size",
+    "16",
+    "--epochs",
+    "2",
+    "--warmup",
+    "3",
+    "--eval",
+    "",
+    "--log-every",
+    "1",
+    "--model",
+    "tiny",
+    "--ssl-mlp-dim",
+    "32",
+]
 
 
 def rows(out, key="loss"):
@@ -448,11 +525,17 @@ def finished(tmp_path_factory):
 def test_run_leaves_what_it_promises(finished):
     state = aclip.load_checkpoint(finished / "last.pt")
     assert state["script"] == "aclip" and state["step"] == 12 == len(rows(finished))
-    assert {"loss", "clip", "ntxent", "byol"} <= set(rows(finished)[0]) and (finished / "masks.png").stat().st_size > 1000
+    assert {"loss", "clip", "ntxent", "byol"} <= set(rows(finished)[0]) and (
+        finished / "masks.png"
+    ).stat().st_size > 1000
     assert all(r["loss"] == pytest.approx(r["clip"] + r["ntxent"] + 2 * r["byol"], abs=1e-4) for r in rows(finished))
     results = rows(finished, "eval")[-1]["eval"]
     assert set(results) == {"toy", "toy by EMA"}
-    assert aclip.load_checkpoint(finished / "best.pt")["best"] == state["best"] == sum(r[r["metric"]] for r in results.values())
+    assert (
+        aclip.load_checkpoint(finished / "best.pt")["best"]
+        == state["best"]
+        == sum(r[r["metric"]] for r in results.values())
+    )
     model, tokenizer, preprocess = evaluator.load(finished / "last.pt")
     assert isinstance(model, aclip.ACLIP) and model.encode_text(tokenizer(["a red circle"])).shape == (1, 128)
     online = {name: p.clone() for name, p in model.state_dict().items()}
@@ -485,20 +568,42 @@ def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatc
 
 
 def test_step_of_main_is_the_definition(tmp_path, monkeypatch):
-    """Losses of the first three steps in the log, against the slow step on what main read, with its own average of the weights."""
+    """Losses of the first three steps in the log, against the slow step on what main read, with its own average of the
+    weights."""
     models, build, batches, loader = [], aclip.build, [], data.loader
     monkeypatch.setattr(aclip, "build", lambda *a, **k: models.append(build(*a, **k)) or models[-1])
     monkeypatch.setattr(data, "loader", lambda *a: (batches.append(batch) or batch for batch in loader(*a)))
     seen, clip_loss = [], aclip.clip_loss  # the weights in each step
     monkeypatch.setattr(aclip, "clip_loss", lambda *a: seen.append(copy.deepcopy(models[0])) or clip_loss(*a))
-    aclip.main(RUN + ["--limit", "24", "--batch-size", "8", "--epochs", "1", "--warmup", "0", "--lr", "1e-2", "--out", str(tmp_path),
-                      "--augment", "aclip", "--ema-momentum", ".6"])
+    aclip.main(
+        RUN
+        + [
+            "--limit",
+            "24",
+            "--batch-size",
+            "8",
+            "--epochs",
+            "1",
+            "--warmup",
+            "0",
+            "--lr",
+            "1e-2",
+            "--out",
+            str(tmp_path),
+            "--augment",
+            "aclip",
+            "--ema-momentum",
+            ".6",
+        ]
+    )
     ema, normalize = copy.deepcopy(seen[0]).double(), data.Preprocess(32).normalize
     for t, (row, batch) in enumerate(zip(rows(tmp_path), batches)):
         model = seen[2 * t].double()
         aclip.update_ema(ema, model, 1 + .5 * (.6 - 1) * (1 + math.cos(math.pi * t / 3)))
         views = [normalize(data.augment(batch["images"][:, v], batch["colors"][:, v])).double() for v in (0, 1)]
-        expected = slow_step(model, ema, *views, normalize(batch["ema_images"]).double(), batch["boxes"], batch["tokens"])
+        expected = slow_step(
+            model, ema, *views, normalize(batch["ema_images"]).double(), batch["boxes"], batch["tokens"]
+        )
         for name, value in zip(("clip", "ntxent", "byol"), expected):
             assert row[name] == pytest.approx(value.item(), abs=2e-3), (t, name)
 
@@ -526,12 +631,21 @@ def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
     assert rows(tmp_path)[2]["bad_steps"] == 1
 
 
-@pytest.mark.parametrize("flags", (
-    "--model tiny-4 --ema-size 16", "--mask random --views 1 --ssl 0", "--mask none", "--mask none --views 1 --ssl 0 --augment clip",
-    "--views 1 --ssl 0 --checkpoint-activations --image-size 40 --ema-size 32"))
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--model tiny-4 --ema-size 16",
+        "--mask random --views 1 --ssl 0",
+        "--mask none",
+        "--mask none --views 1 --ssl 0 --augment clip",
+        "--views 1 --ssl 0 --checkpoint-activations --image-size 40 --ema-size 32",
+    ),
+)
 def test_every_variant_runs(flags, tmp_path):
     aclip.main(RUN + ["--limit", "32", "--epochs", "1", "--warmup", "1", "--out", str(tmp_path), *flags.split()])
-    assert len(rows(tmp_path)) == 2 and all(math.isfinite(r["loss"]) and ("--ssl 0" in flags) == (r["byol"] == 0) for r in rows(tmp_path))
+    assert len(rows(tmp_path)) == 2 and all(
+        math.isfinite(r["loss"]) and ("--ssl 0" in flags) == (r["byol"] == 0) for r in rows(tmp_path)
+    )
     evaluator.load(tmp_path / "last.pt")
 
 
@@ -546,7 +660,9 @@ def test_recipes_are_complete():
     assert set(aclip.RECIPES) == {"toy", "small", "cc3m", "cc12m", "yfcc15m"}
     for recipe in aclip.RECIPES.values():
         assert set(recipe) <= set(parsed) and recipe["model"] in aclip.MODELS and recipe["augment"] in aclip.AUGMENT
-        assert {"model", "batch_size", "epochs", "lr", "warmup", "weight_decay", "ssl_mlp_dim", "ema_momentum"} <= set(recipe)
+        assert {"model", "batch_size", "epochs", "lr", "warmup", "weight_decay", "ssl_mlp_dim", "ema_momentum"} <= set(
+            recipe
+        )
         assert recipe["ema_momentum"] == (.996 if recipe["model"] == "ViT-B-16" else .9)
 
 

@@ -34,7 +34,11 @@ def captions(n, length=12, vocab=40, seed=0):
     tokens = torch.zeros(n, length, dtype=torch.int64)
     for row in tokens:
         words = int(torch.randint(1, length - 2, (), generator=g))
-        row[0], row[1:1 + words], row[1 + words] = vocab - 2, torch.randint(1, vocab - 2, (words,), generator=g), vocab - 1
+        row[0], row[1 : 1 + words], row[1 + words] = (
+            vocab - 2,
+            torch.randint(1, vocab - 2, (words,), generator=g),
+            vocab - 1,
+        )
     return tokens
 
 
@@ -203,9 +207,24 @@ def test_attention_pool_is_multihead_attention():
     tokens = x.flatten(2).permute(2, 0, 1)  # [P, B, C]
     tokens = torch.cat([tokens.mean(0, keepdim=True), tokens]) + pool.positional_embedding[:, None]
     expected, _ = F.multi_head_attention_forward(
-        tokens[:1], tokens, tokens, 128, 2, None, torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]), None, None, False, 0.,
-        pool.c_proj.weight, pool.c_proj.bias, use_separate_proj_weight=True, q_proj_weight=pool.q_proj.weight,
-        k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight)
+        tokens[:1],
+        tokens,
+        tokens,
+        128,
+        2,
+        None,
+        torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]),
+        None,
+        None,
+        False,
+        0.0,
+        pool.c_proj.weight,
+        pool.c_proj.bias,
+        use_separate_proj_weight=True,
+        q_proj_weight=pool.q_proj.weight,
+        k_proj_weight=pool.k_proj.weight,
+        v_proj_weight=pool.v_proj.weight,
+    )
     assert (pool(x) - expected[0]).abs().max() < 1e-12
 
 
@@ -216,9 +235,16 @@ def test_sizes_and_init():
     assert sum(p.numel() for p in model.parameters()) == 151_277_313  # OpenAI's ViT-B/32
     assert count["visual"] == 87_849_216 and count["token_embedding"] == 49408 * 512
     block = model.transformer.resblocks[3]
-    for weight, std in ((model.token_embedding.weight, .02), (model.positional_embedding, .01), (block.attn.in_proj_weight, 512 ** -.5),
-                        (block.attn.out_proj.weight, 512 ** -.5 * 24 ** -.5), (block.mlp.c_proj.weight, 512 ** -.5 * 24 ** -.5),
-                        (block.mlp.c_fc.weight, 1024 ** -.5), (model.text_projection, 512 ** -.5), (model.visual.proj, 768 ** -.5)):
+    for weight, std in (
+        (model.token_embedding.weight, 0.02),
+        (model.positional_embedding, 0.01),
+        (block.attn.in_proj_weight, 512**-0.5),
+        (block.attn.out_proj.weight, 512**-0.5 * 24**-0.5),
+        (block.mlp.c_proj.weight, 512**-0.5 * 24**-0.5),
+        (block.mlp.c_fc.weight, 1024**-0.5),
+        (model.text_projection, 512**-0.5),
+        (model.visual.proj, 768**-0.5),
+    ):
         assert weight.std().item() == pytest.approx(std, rel=.02)
     assert block.attn.in_proj_bias.abs().max() == 0 and block.attn.out_proj.bias.abs().max() == 0
     assert model.logit_scale.exp().item() == pytest.approx(1 / .07)
@@ -233,52 +259,6 @@ def test_build_reads_the_sizes_from_a_state(sizes):
     again = clip.build(model.state_dict(), quick_gelu=True).eval()
     images, tokens = torch.randn(2, 3, 32, 32), captions(2)
     assert all(torch.equal(a, b) for a, b in zip(model(images, tokens), again(images, tokens)))
-
-
-def test_load_clip_state_formats(tmp_path):
-    torch.manual_seed(0)
-    model = clip.CLIP(**SMALL)
-    state = model.state_dict()
-    torch.save(state, tmp_path / "plain.pt")
-    torch.save({"state_dict": {f"module.{k}": v.half() for k, v in state.items()}}, tmp_path / "open_clip.pt")
-    clip.save_checkpoint(tmp_path / "ours.pt", script="clip", step=1, model=state | {"projector.weight": torch.zeros(2), "logit_scale_proto": torch.zeros(())})
-    mask = {"token_embedding.weight": torch.cat([state["token_embedding.weight"], torch.zeros(1, SMALL["text_width"])])}
-    clip.save_checkpoint(tmp_path / "declip.pt", script="declip", step=1, model=state | mask)
-    texts = {key for key in state if not key.startswith(("visual", "logit"))}
-    torch.save({"text." * (key in texts) + key: value for key, value in state.items()}, tmp_path / "custom_text.pt")
-    released = {("_image_encoder.module." if "visual" in k else "_text_encoder.module." if k in texts else "_logit_scale.") + k: v
-                for k, v in state.items()}  # TinyCLIP's
-    torch.save({"state_dict": released | {"image_encoder_without_ddp.visual.proj": torch.zeros(2)}}, tmp_path / "tinyclip.pt")
-    header, content = {"__metadata__": {"format": "pt"}}, b""
-    for key, value in state.items():
-        raw = value.half().numpy().tobytes()
-        header[key] = {"dtype": "F16", "shape": list(value.shape), "data_offsets": [len(content), len(content) + len(raw)]}
-        content += raw
-    header = json.dumps(header).encode()
-    (tmp_path / "hub.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content)
-    archive = nn.Module()  # OpenAI's: TorchScript, fp16, three numbers beside the weights
-    for key, value in state.items() | {("input_resolution", torch.tensor(32))}:
-        *path, name = key.split(".")
-        module = archive
-        for part in path:
-            if not hasattr(module, part):
-                module.add_module(part, nn.Module())
-            module = getattr(module, part)
-        module.register_buffer(name, value.half() if value.is_floating_point() else value)
-    torch.jit.script(archive).save(tmp_path / "openai.pt")
-    for name in ("plain.pt", "open_clip.pt", "ours.pt", "declip.pt", "openai.pt", "custom_text.pt", "tinyclip.pt", "hub.safetensors"):
-        loaded = clip.load_clip_state(tmp_path / name)
-        assert set(loaded) == set(state), name
-        assert all(v.dtype == state[k].dtype and (v - state[k]).abs().max() < 2e-3 for k, v in loaded.items()), name
-    (tmp_path / "text.pt").write_text("hello")
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "foreign.pt")
-    for name in ("text", "foreign", "missing"):
-        with pytest.raises(SystemExit, match=f"{name}.pt"):
-            clip.load_clip_state(tmp_path / f"{name}.pt")
-    clip.save_checkpoint(tmp_path / "quick.pt", script="clip", step=1, model=state, sizes=dict(quick_gelu=True))
-    assert len(clip.load_clip_state(tmp_path / "quick.pt", True)) == len(state) == len(clip.load_clip_state(tmp_path / "plain.pt", False))
-    with pytest.raises(SystemExit, match="quick.pt was trained with --quick-gelu: give it"):
-        clip.load_clip_state(tmp_path / "quick.pt", False)
 
 
 # schedule, groups, checkpoints
@@ -317,7 +297,22 @@ def test_overfits_one_batch():
 
 # runs
 
-RUN = ["--limit", "192", "--batch-size", "32", "--epochs", "3", "--warmup", "4", "--eval", "", "--log-every", "1", "--model", "tiny"]
+RUN = [
+    "--limit",
+    "192",
+    "--batch-size",
+    "32",
+    "--epochs",
+    "3",
+    "--warmup",
+    "4",
+    "--eval",
+    "",
+    "--log-every",
+    "1",
+    "--model",
+    "tiny",
+]
 
 
 def weights(path):
@@ -369,14 +364,26 @@ def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
 
 
 def test_torchrun_restarts_after_a_killed_rank(finished, tmp_path):
-    """--max-restarts: kill -9 of one of two ranks; the second attempt resumes and ends as one process does without a kill."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", str(ROOT / "clip.py")]
+    """--max-restarts: kill -9 of one of two ranks; the second attempt resumes and ends as one process does without a
+    kill."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+        str(ROOT / "clip.py"),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command + RUN + ["--out", str(tmp_path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command + RUN + ["--out", str(tmp_path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     log = tmp_path / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 8):
         time.sleep(.02)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "clip.py"], capture_output=True, text=True).stdout.split()
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "clip.py"], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "resumed at step 6" in output, output
@@ -401,7 +408,10 @@ def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
     first = json.loads((tmp_path / "a/log.jsonl").read_text().splitlines()[0])["loss"]
     assert first == pytest.approx(math.log(32), rel=.1)  # a new model knows nothing
     rows = [json.loads(row) for row in (tmp_path / "a/log.jsonl").read_text().splitlines()]
-    assert rows[2]["bad_steps"] == 1 and [row["loss"] is None for row in rows if "loss" in row] == [False] * 2 + [True] + [False] * 3
+    assert (
+        rows[2]["bad_steps"] == 1
+        and [row["loss"] is None for row in rows if "loss" in row] == [False] * 2 + [True] + [False] * 3
+    )
 
     seen.clear()
     monkeypatch.setattr(clip, "clip_loss", lambda *features: watched(*features, bad=range(2, 99)))
@@ -438,13 +448,65 @@ def test_a_kill_during_the_tests_loses_nothing(monkeypatch, tmp_path):
     tested = [row for row in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "eval" in row]
     assert [(row["step"], row["eval"]["toy"]["top1"]) for row in tested] == [(6, .2), (12, .1)]
     assert clip.load_checkpoint(tmp_path / "best.pt")["step"] == 6 and len(losses(tmp_path)) == 12
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("ends", ("well", "badly"))
+def test_main_puts_the_handler_of_sigterm_back(ends, monkeypatch, tmp_path):
+    handler = lambda *_: None
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        if ends == "badly":
+            monkeypatch.setattr(clip, "clip_loss", lambda *features: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                clip.main(RUN + ["--epochs", "1", "--out", str(tmp_path)])
+        else:
+            clip.main(RUN + ["--epochs", "1", "--out", str(tmp_path)])
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_same_data_by_another_name_resumes(tmp_path, capsys):
+    """Data that were moved or spelled differently are the same data; more epochs stretch the schedule, and it says
+    so."""
+    toy = clip.data.ToyDataset(64, None)
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        rows = [json.dumps({"filename": f"{i}.jpg", "caption": toy.captions(i)[0]}) + "\n" for i in range(64)]
+        (tmp_path / folder / "pairs.jsonl").write_text("".join(rows))
+        for i in range(64):
+            (tmp_path / folder / f"{i}.jpg").write_bytes(toy.image(i))
+    flags = RUN + [
+        "--bpe",
+        "train",
+        "--workers",
+        "0",
+        "--epochs",
+        "1",
+        "--warmup",
+        "1",
+        "--limit",
+        "64",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    clip.main(flags + ["--data", str(tmp_path / "here/pairs.jsonl")])
+    clip.main(flags + ["--data", str(tmp_path / "there/../there/pairs.jsonl"), "--epochs", "2"])
+    output = capsys.readouterr().out
+    assert "resumed at step 2" in output and "--epochs 2 (was 1): the learning rate follows the new schedule" in output
+    (tmp_path / "here/pairs.jsonl").write_text(
+        "".join(rows[:-1] + [rows[-1].replace("caption\": \"", "caption\": \"x ")])
+    )
+    with pytest.raises(SystemExit, match="other pairs"):
+        clip.main(flags + ["--data", str(tmp_path / "here/pairs.jsonl")])
 
 
 def test_compiled_model_has_the_same_losses(monkeypatch, finished, tmp_path):
     """Traced as with --compile, but run by PyTorch's own kernels, since compiling them takes minutes on a CPU."""
     calls, exact = [], nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: calls.append(exact(self, backend="aot_eager", fullgraph=True)))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self: calls.append(exact(self, backend="aot_eager", fullgraph=True))
+    )
     clip.main(RUN + ["--compile", "--out", str(tmp_path)])
     assert calls and losses(tmp_path) == pytest.approx(losses(finished), abs=1e-4)
 
@@ -468,7 +530,7 @@ def test_wrong_use_is_one_sentence(finished, tmp_path):
     state = torch.load(finished / "last.pt")
     clip.save_checkpoint(tmp_path / "run/last.pt", **(state | {"script": "declip"}))
     assert "declip" in message()
-    for other, why in ((dict(pairs=191), "192 pairs (was 191)"), (dict(merges="a b"), "merges")):
+    for other, why in ((dict(data="0" * 64), "other pairs"), (dict(merges="a b"), "other merges")):
         clip.save_checkpoint(tmp_path / "run/last.pt", **(state | other))
         assert why in message()
     clip.save_checkpoint(tmp_path / "other.pt", **(state | dict(merges="a b")))
@@ -484,8 +546,14 @@ def test_wrong_use_is_one_sentence(finished, tmp_path):
 def test_logit_scale_stays_within_its_bounds(finished, tmp_path):
     """An absurd learning rate throws it out on both sides; at the bound it still has a gradient."""
     clip.main(RUN + ["--epochs", "1", "--lr", "9", "--out", str(tmp_path)])
-    scales = [row["logit_scale"] for row in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "loss" in row]
-    assert any(abs(scale - bound) < 1e-3 for scale in scales for bound in (1, 100)) and all(.999 < scale < 100.001 for scale in scales)
+    scales = [
+        row["logit_scale"]
+        for row in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+        if "loss" in row
+    ]
+    assert any(abs(scale - bound) < 1e-3 for scale in scales for bound in (1, 100)) and all(
+        0.999 < scale < 100.001 for scale in scales
+    )
     model, *_ = evaluator.load(finished / "last.pt")
     nn.init.constant_(model.logit_scale, math.log(100))
     clip.clip_loss(*model(torch.randn(4, 3, 32, 32), torch.tensor([[7, 9]] * 4))).backward()
@@ -524,7 +592,27 @@ def test_batch_norms_survive_a_bad_step(monkeypatch, tmp_path):
     """A picture that makes everything infinite leaves running means and variances finite."""
     monkeypatch.setitem(clip.MODELS, "tiny", RESNET | dict(image_size=32))
     normalize, calls = clip.data.Preprocess.normalize, []
-    monkeypatch.setattr(clip.data.Preprocess, "normalize", lambda self, x: (calls.append(1), normalize(self, x) * (math.inf if len(calls) == 3 else 1))[1])
-    clip.main(["--limit", "96", "--batch-size", "16", "--epochs", "1", "--warmup", "2", "--eval=", "--log-every", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        clip.data.Preprocess,
+        "normalize",
+        lambda self, x: (calls.append(1), normalize(self, x) * (math.inf if len(calls) == 3 else 1))[1],
+    )
+    clip.main(
+        [
+            "--limit",
+            "96",
+            "--batch-size",
+            "16",
+            "--epochs",
+            "1",
+            "--warmup",
+            "2",
+            "--eval=",
+            "--log-every",
+            "1",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     assert all(v.isfinite().all() for v in weights(tmp_path / "last.pt").values())
-    assert clip.load_checkpoint(tmp_path / "last.pt")["bad"] == 1
+    assert clip.load_checkpoint(tmp_path / "last.pt")["meter"]["bad"] == 1

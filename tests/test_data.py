@@ -699,66 +699,6 @@ def test_loader_pins_for_cuda_alone():
     assert [data.loader([], batches, 0, d).pin_memory for d in (None, "cpu", torch.device("cuda", 0))] == [False, False, True]
 
 
-# toy
-
-def test_toy_is_a_function_of_seed_split_and_number():
-    a, b = data.ToyDataset(50, None), data.ToyDataset(5000, None)
-    assert [(a.key(i), a.image(i), a.captions(i), a.label(i)) for i in range(50)] == \
-        [(b.key(i), b.image(i), b.captions(i), b.label(i)) for i in range(50)]
-    assert len({a.image(i) for i in range(50)}) == 50
-    assert a.image(3) != data.ToyDataset(50, None, "test").image(3) and a.image(3) != data.ToyDataset(50, None, seed=1).image(3)
-    assert data.decode(a.image(0)).size == (data.TOY["side"],) * 2
-
-
-def test_toy_never_names_what_is_held_out():
-    """No training picture shows, and no training caption has the words of, a held-out colour and shape."""
-    dataset = data.ToyDataset(6000, None)
-    names = {**data.COLORS, **data.SHAPES}
-    words = {word: name for name, (_, *others) in names.items() for word in (name, *others)}
-    shown = Counter(dataset.label(i) for i in range(len(dataset)))
-    assert len(shown) == 48 and min(shown.values()) > 50
-    for i in range(len(dataset)):
-        for text in dataset.captions(i):
-            named = {words[word] for word in text.split() if word in words}
-            assert not any({color, shape} <= named for color, shape in data.HELD_OUT), text
-
-
-def test_toy_test_split():
-    test = data.ToyDataset(400, None, "test")
-    held_out = {data.KINDS.index(kind) for kind in data.HELD_OUT}
-    assert len(held_out) == 16 and {test.label(i) for i in range(400)} == held_out
-    for part in (0, 1):  # every colour and every shape is learnt, from several kinds
-        assert min(Counter(kind[part] for kind in data.TRAINED).values()) >= 4
-        assert len({kind[part] for kind in data.TRAINED}) == 8 and len({kind[part] for kind in data.HELD_OUT}) >= 4
-    assert len(test.classnames) == 64 == len({*test.classnames})
-    assert all(test.classnames[test.label(i)] in test.captions(i)[0] for i in range(400))
-    assert len({test.captions(i)[0] for i in range(400)}) > 50  # retrieval can tell them apart
-
-
-def test_toy_captions_are_noisy():
-    """About a tenth speak of another picture, which a stated colour gives away; attributes are missing; synonyms occur."""
-    dataset = data.ToyDataset(4000, None)
-    colors = {word: color for color, (_, *others) in data.COLORS.items() for word in (color, *others)}
-    stated = wrong = plain = 0
-    for i in range(len(dataset)):
-        found = [word for word in dataset.captions(i)[0].split(" with a ")[0].split() if word in colors]
-        stated += bool(found)
-        plain += bool(found) and found[0] in data.COLORS
-        wrong += bool(found) and colors[found[0]] != data.KINDS[dataset.label(i)][0]
-    for share, expected in ((stated / 4000, data.TOY["color"]), (plain / stated, 1 - data.TOY["synonym"]),
-                            (wrong / stated, data.TOY["mismatch"] * 7 / 8)):  # another picture may have the same colour
-        assert abs(share - expected) < .03
-    assert .05 < data.TOY["mismatch"] < .15 and data.TOY["color"] < 1 > data.TOY["shape"]
-
-
-def test_toy_is_quick():
-    dataset = data.ToyDataset(200, None)
-    start = time.process_time()
-    for i in range(200):
-        dataset.image(i), dataset.captions(i)
-    assert (time.process_time() - start) / 200 < 3e-3  # some .4 ms; slow machines allowed for
-
-
 # command line
 
 def test_command_line(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,6 @@
-"""tinyclip.py: the loss against its definition, inheritance by hand-made slices, gates by counting, pruning that changes no output."""
+"""tinyclip.py: the loss against its definition, inheritance by hand-made slices, gates by counting, pruning that
+changes no output."""
+
 import json
 import math
 import os
@@ -27,7 +29,9 @@ def slow_affinity(x, y, s, u, v, t):
     total = 0.
     for a, b, c, d in ((x, y, u, v), (y, x, v, u)):
         for i in range(len(a)):
-            own, target = (torch.stack([k * (p[i] * q[j]).sum() for j in range(len(a))]) for k, p, q in ((s, a, b), (t, c, d)))
+            own, target = (
+                torch.stack([k * (p[i] * q[j]).sum() for j in range(len(a))]) for k, p, q in ((s, a, b), (t, c, d))
+            )
             weight = (target - target.max()).exp() / (target - target.max()).exp().sum()
             total = total - sum(weight[j] * (own[j] - own.logsumexp(0)) for j in range(len(a)))
     return total / (2 * len(x))
@@ -35,7 +39,10 @@ def slow_affinity(x, y, s, u, v, t):
 
 def test_affinity_loss_is_its_definition():
     x, y = unit(6, 5).requires_grad_(), unit(6, 5, seed=1).requires_grad_()
-    u, v = unit(6, 9, seed=2).requires_grad_(), unit(6, 9, seed=3).requires_grad_()  # the teacher's dimension is its own
+    u, v = (
+        unit(6, 9, seed=2).requires_grad_(),
+        unit(6, 9, seed=3).requires_grad_(),
+    )  # the teacher's dimension is its own
     s = torch.tensor(9., dtype=torch.float64, requires_grad=True)
     fast, slow = affinity_loss(x, y, s, u, v, 20.), slow_affinity(x, y, s, u.detach(), v.detach(), 20.)
     assert fast.dtype == torch.float64 and abs(fast - slow) < 1e-12
@@ -57,14 +64,19 @@ def test_affinity_loss_closed_forms():
     loss = affinity_loss(x, y, 5., u, v, 8.)
     assert abs(affinity_loss(y, x, 5., v, u, 8.) - loss) < 1e-12
     assert abs(affinity_loss(x[order], y[order], 5., u[order], v[order], 8.) - loss) < 1e-12
-    assert abs(affinity_loss(x, y, 5., u, u, 1e4) - tinyclip.clip_loss(x, y, 5.)) < 1e-10  # a sure teacher: CLIP's labels
+    assert (
+        abs(affinity_loss(x, y, 5.0, u, u, 1e4) - tinyclip.clip_loss(x, y, 5.0)) < 1e-10
+    )  # a sure teacher: CLIP's labels
 
 
 def test_affinity_loss_is_fp32_under_autocast():
     x, y, u, v = (unit(16, 32, seed=i).bfloat16() for i in range(4))
     with torch.autocast("cpu", torch.bfloat16):
         loss = affinity_loss(x, y, torch.tensor(50.), u, v, 50.)
-    assert loss.dtype == torch.float32 and abs(loss - affinity_loss(x.double(), y.double(), 50., u.double(), v.double(), 50.)) < 1e-5
+    assert (
+        loss.dtype == torch.float32
+        and abs(loss - affinity_loss(x.double(), y.double(), 50.0, u.double(), v.double(), 50.0)) < 1e-5
+    )
 
 
 # inheritance
@@ -72,10 +84,15 @@ def test_affinity_loss_is_fp32_under_autocast():
 def state_of(**sizes):
     torch.manual_seed(sum(map(hash, map(str, sizes.values()))) % 1000)
     model = TinyCLIP(**SMALL | sizes)
-    return {key: torch.randn_like(value) if value.is_floating_point() else value + 7 for key, value in model.state_dict().items()}
+    return {
+        key: torch.randn_like(value) if value.is_floating_point() else value + 7
+        for key, value in model.state_dict().items()
+    }
 
 
-@pytest.mark.parametrize("deep, kept", ((12, range(9)), (12, (0, 2, 4, 6, 8, 10)), (12, (0, 4, 8)), (12, range(10)), (9, range(6))))
+@pytest.mark.parametrize(
+    "deep, kept", ((12, range(9)), (12, (0, 2, 4, 6, 8, 10)), (12, (0, 4, 8)), (12, range(10)), (9, range(6)))
+)
 def test_inherit_takes_layers_by_a_whole_step(deep, kept):
     teacher, student = state_of(text_layers=deep, vision_layers=1), state_of(text_layers=len(kept), vision_layers=1)
     found = inherit(teacher, student)
@@ -90,9 +107,13 @@ def test_inherit_takes_leading_channels_and_heads():
     teacher, student = state_of(vision_width=192), state_of(vision_width=128)
     before = {key: value.clone() for key, value in student.items()}
     found, block = inherit(teacher, student), "visual.transformer.resblocks.1."
-    expected = torch.cat([teacher[block + "attn.in_proj_weight"][192 * i:192 * i + 128, :128] for i in range(3)])  # q, k, v
+    expected = torch.cat(
+        [teacher[block + "attn.in_proj_weight"][192 * i : 192 * i + 128, :128] for i in range(3)]
+    )  # q, k, v
     assert torch.equal(found[block + "attn.in_proj_weight"], expected)
-    assert torch.equal(found[block + "attn.in_proj_bias"], teacher[block + "attn.in_proj_bias"].view(3, 192)[:, :128].reshape(-1))
+    assert torch.equal(
+        found[block + "attn.in_proj_bias"], teacher[block + "attn.in_proj_bias"].view(3, 192)[:, :128].reshape(-1)
+    )
     for name in ("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight", "ln_2.weight"):
         assert torch.equal(found[block + name], teacher[block + name][tuple(map(slice, student[block + name].shape))])
     assert torch.equal(found["visual.proj"], teacher["visual.proj"][:128])
@@ -116,14 +137,20 @@ def test_inherit_of_the_same_size_is_a_copy_and_a_resnet_brings_its_statistics()
     found = inherit(teacher, student)
     assert torch.equal(found["visual.layer4.0.bn2.running_var"], teacher["visual.layer4.0.bn2.running_var"][:44 * 8])
     assert found["visual.layer4.0.bn2.num_batches_tracked"] == 7
-    assert torch.equal(found["visual.attnpool.q_proj.weight"], teacher["visual.attnpool.q_proj.weight"][:44 * 32, :44 * 32])
+    assert torch.equal(
+        found["visual.attnpool.q_proj.weight"], teacher["visual.attnpool.q_proj.weight"][: 44 * 32, : 44 * 32]
+    )
 
 
 def test_survivors_picture_shows_what_inherit_takes(tmp_path, monkeypatch):
     maps = []
-    monkeypatch.setattr(tinyclip.data, "grid", lambda images, captions, path, columns: maps.extend(zip(images, captions)))
+    monkeypatch.setattr(
+        tinyclip.data, "grid", lambda images, captions, path, columns: maps.extend(zip(images, captions))
+    )
     source, student = TinyCLIP(**SMALL | dict(text_layers=5, text_width=128)), TinyCLIP(**SMALL)
-    tinyclip.survivors_picture(tmp_path, source, student)  # two of five layers: 0 and 2; one of two heads, half of the channels
+    tinyclip.survivors_picture(
+        tmp_path, source, student
+    )  # two of five layers: 0 and 2; one of two heads, half of the channels
     for picture, caption in maps:
         image = "image" in caption
         assert picture.shape[1] == (20 if image else 50) and ("64 of 64" if image else "64 of 128") in caption
@@ -132,42 +159,75 @@ def test_survivors_picture_shows_what_inherit_takes(tmp_path, monkeypatch):
         assert dark[0].sum() == (160 if image else 80)
 
 
-@pytest.mark.parametrize("sizes", (dict(vision_width=192), dict(patch_size=8), dict(image_size=64), dict(context=16), dict(vocab=80),
-                                   dict(embed_dim=64), dict(text_layers=3)), ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    (
+        dict(vision_width=192),
+        dict(patch_size=8),
+        dict(image_size=64),
+        dict(context=16),
+        dict(vocab=80),
+        dict(embed_dim=64),
+        dict(text_layers=3),
+    ),
+    ids=str,
+)
 def test_inherit_refuses_what_is_no_part(sizes):
     with pytest.raises(ValueError, match="cannot be cut"):
         inherit(state_of(vision_width=128), state_of(**sizes))
 
 
-@pytest.mark.parametrize("name, image, text, macs", (
-    ("ViT-61M-32-Text-29M", 61.41, 28.67, 5.32), ("ViT-40M-32-Text-19M", 39.69, 19.22, 3.49), ("ViT-39M-16-Text-19M", 38.59, 19.22, 9.48),
-    ("ViT-8M-16-Text-3M", 8.28, 2.52, 1.98), ("ResNet-30M-Text-29M", 29.58, 28.94, 6.67), ("ResNet-19M-Text-19M", 18.60, 19.48, 4.23)))
+@pytest.mark.parametrize(
+    "name, image, text, macs",
+    (
+        ("ViT-61M-32-Text-29M", 61.41, 28.67, 5.32),
+        ("ViT-40M-32-Text-19M", 39.69, 19.22, 3.49),
+        ("ViT-39M-16-Text-19M", 38.59, 19.22, 9.48),
+        ("ViT-8M-16-Text-3M", 8.28, 2.52, 1.98),
+        ("ResNet-30M-Text-29M", 29.58, 28.94, 6.67),
+        ("ResNet-19M-Text-19M", 18.60, 19.48, 4.23),
+    ),
+)
 def test_students_have_the_papers_sizes(name, image, text, macs):
-    """Parameters without the token embedding, and multiply-adds a pair (README of the released code). A ResNet's are .26 and .18
-    below the paper's 6.93 and 4.41: the attention pool asks for its first token alone, the released one also for the other 49."""
+    """Parameters without the token embedding, and multiply-adds a pair (README of the released code). A ResNet's are
+    .26 and .18 below the paper's 6.93 and 4.41: the attention pool asks for its first token alone, the released one
+    also for the other 49.
+    """
     with torch.device("meta"):
         model, images, tokens = build(name), torch.empty(1, 3, 224, 224), torch.zeros(1, 77, dtype=torch.int64)
         count = FlopCounterMode(display=False)
         with torch.no_grad(), count:
             model(images, tokens)
-    found = [sum(p.numel() for p in model.visual.parameters()),
-             sum(p.numel() for n, p in model.named_parameters() if not n.startswith(("visual.", "token_embedding.", "logit_scale")))]
+    found = [
+        sum(p.numel() for p in model.visual.parameters()),
+        sum(
+            p.numel()
+            for n, p in model.named_parameters()
+            if not n.startswith(("visual.", "token_embedding.", "logit_scale"))
+        ),
+    ]
     assert [round(n / 1e6, 2) for n in found] == [image, text] and round(count.get_total_flops() / 2e9, 2) == macs
 
 
 def test_shrink_is_the_papers_manner():
-    """A narrower image tower, as wide as the paper's students, and fewer text layers; together as close to the share as these steps allow."""
+    """A narrower image tower, as wide as the paper's students, and fewer text layers; together as close to the share as
+    these steps allow."""
     def size(state):
         return sum(value.numel() for key, value in state.items() if not key.startswith("token_"))
 
-    for name, rows in (("ViT-B-32", ((1, 768, 12), (.75, 640, 11), (.5, 512, 8))), ("RN50", ((1, 64, 12), (.75, 56, 9), (.5, 44, 6))),
-                       ("tiny", ((.5, 64, 3),))):
+    for name, rows in (
+        ("ViT-B-32", ((1, 768, 12), (0.75, 640, 11), (0.5, 512, 8))),
+        ("RN50", ((1, 64, 12), (0.75, 56, 9), (0.5, 44, 6))),
+        ("tiny", ((0.5, 64, 3),)),
+    ):
         with torch.device("meta"):
             state = build(name).state_dict()
             for share, width, layers in rows:
                 sizes = tinyclip.shrink(state, share)
                 assert (sizes["vision_width"], sizes["text_layers"]) == (width, layers)
-                student = TinyCLIP(**sizes, image_size=tinyclip.MODELS[name].get("image_size", 224), context=77, vocab=49408).state_dict()
+                student = TinyCLIP(
+                    **sizes, image_size=tinyclip.MODELS[name].get("image_size", 224), context=77, vocab=49408
+                ).state_dict()
                 assert abs(size(student) / size(state) - share) < .03
     assert sizes == {key: value for key, value in tinyclip.MODELS["tiny-half"].items() if key != "image_size"}
 
@@ -215,11 +275,21 @@ def test_expected_params():
         p.data.fill_(100.)
     block = layers * (12 * d * d + 9 * d)
     assert gates.expected_params().item() == pytest.approx(block - 5 * d * layers, rel=1e-5)
-    assert tinyclip.prunable(TinyCLIP(**SMALL | dict(vision_width=d, vision_layers=layers, text_width=d, text_layers=layers)).state_dict()) == 2 * block
+    assert (
+        tinyclip.prunable(
+            TinyCLIP(
+                **SMALL | dict(vision_width=d, vision_layers=layers, text_width=d, text_layers=layers)
+            ).state_dict()
+        )
+        == 2 * block
+    )
     nn.init.normal_(gates.heads)
     p, slow = gates.probability(), 0.
     for i in range(layers):
-        slow += p["hidden"].sum() * p["heads"][i].sum() * (4 * d * d + 4 * d) / (2 * d) + p["hidden"].sum() * p["ffn"][i].sum() * 2
+        slow += (
+            p["hidden"].sum() * p["heads"][i].sum() * (4 * d * d + 4 * d) / (2 * d)
+            + p["hidden"].sum() * p["ffn"][i].sum() * 2
+        )
     assert gates.expected_params().item() == pytest.approx(slow.item(), rel=1e-5)
 
 
@@ -229,7 +299,9 @@ def test_sparsity_loss():
     loss = tinyclip.sparsity_loss(expected, 100, .3, l)  # .2 is gone, .1 too little
     assert loss.item() == pytest.approx(3 * .1 + 5 * .01, rel=1e-5)
     loss.backward()
-    assert l.grad.tolist() == pytest.approx([.1, .01], rel=1e-4) and expected.grad.item() == pytest.approx((3 + 2 * 5 * .1) / 100, rel=1e-4)
+    assert l.grad.tolist() == pytest.approx([0.1, 0.01], rel=1e-4) and expected.grad.item() == pytest.approx(
+        (3 + 2 * 5 * 0.1) / 100, rel=1e-4
+    )
     expected.grad = l.grad = None
     loss = tinyclip.sparsity_loss(expected, 100, .1, l)  # more than enough is gone: nothing pulls back
     loss.backward()
@@ -238,14 +310,18 @@ def test_sparsity_loss():
 
 @pytest.mark.parametrize("recipe, target", (("toy", .25), ("small", .5)))
 def test_gates_of_our_recipes_meet_the_budget(recipe, target):
-    """The constraint alone, without a task, which holds gates open: with it toy's .25 ended as .261 (here .303). A slower gate_lr
-    meets the budget here and misses it there (.02: .25 ended as .08); with an earlier target Adam's momentum overshoots more."""
+    """The constraint alone, without a task, which holds gates open: with it toy's .25 ended as .261 (here .303). A
+    slower gate_lr meets the budget here and misses it there (.02: .25 ended as .08); with an earlier target Adam's
+    momentum overshoots more.
+    """
     recipe, model = tinyclip.RECIPES[recipe], TinyCLIP(**SMALL | dict(vision_width=128, text_width=128))
     gates, multipliers = model.open_gates(recipe["gate_lr"])
     optimizer, original = torch.optim.AdamW([gates, multipliers]), tinyclip.prunable(model.state_dict())
     for step in range(recipe["prune_step"]):
         expected = sum(g.expected_params() for g in model.gates.values())
-        loss = tinyclip.sparsity_loss(expected, original, target * min(1, step / recipe["sparsity_warmup"]), model.multipliers)
+        loss = tinyclip.sparsity_loss(
+            expected, original, target * min(1, step / recipe["sparsity_warmup"]), model.multipliers
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -367,12 +443,16 @@ def test_a_pruned_model_can_be_gated_and_pruned_again():
     gates[1]["heads"][:] = 1
     once = build(prune(model.state_dict(), *[{k: z.float() for k, z in g.items()} for g in gates]), TinyCLIP)
     once.open_gates(.02)
-    assert [gate.ffn_present.sum(1).tolist() for gate in once.gates.values()] == [(g["ffn"] != 0).sum(1).tolist() for g in gates]
+    assert [gate.ffn_present.sum(1).tolist() for gate in once.gates.values()] == [
+        (g["ffn"] != 0).sum(1).tolist() for g in gates
+    ]
     for p in once.gates.parameters():
         nn.init.normal_(p, 1.)
     assert once(images, tokens, 3)[0].isfinite().all()
     twice = once.dense()
-    assert tinyclip.prunable(twice.state_dict()) < tinyclip.prunable({n: p for n, p in once.named_parameters() if "gates" not in n})
+    assert tinyclip.prunable(twice.state_dict()) < tinyclip.prunable(
+        {n: p for n, p in once.named_parameters() if "gates" not in n}
+    )
     hard = [once.gates[name].hard() for name in ("image", "text")]
     folded = prune(once.towers(), *hard, cut=False)
     gated = torch.func.functional_call(once, folded, (images, tokens))
@@ -444,7 +524,9 @@ def rows(out):
 def teacher(tmp_path_factory):
     """A clip.py checkpoint of two steps, in which logits already differ; the runs below learn from it."""
     out = tmp_path_factory.mktemp("teacher")
-    clip.main(["--limit", "64", "--batch-size", "32", "--epochs", "1", "--warmup", "1", "--eval", "", "--out", str(out)])
+    clip.main(
+        ["--limit", "64", "--batch-size", "32", "--epochs", "1", "--warmup", "1", "--eval", "", "--out", str(out)]
+    )
     return ["--teacher", str(out / "last.pt")]
 
 
@@ -460,7 +542,13 @@ def finished(teacher, tmp_path_factory):
 def test_run_leaves_what_it_promises(teacher, finished):
     before = weights(teacher[1])
     for out in finished:
-        assert {path.name for path in out.iterdir()} == {"captions.png", "affinity.png", "survivors.png", "last.pt", "log.jsonl"}
+        assert {path.name for path in out.iterdir()} == {
+            "captions.png",
+            "affinity.png",
+            "survivors.png",
+            "last.pt",
+            "log.jsonl",
+        }
         model, tokenizer, preprocess = evaluator.load(out / "last.pt")
         assert type(model).__name__ == "TinyCLIP" and model.logit_scale.exp().item() == pytest.approx(50)
         assert model.encode_text(tokenizer(["a red circle"])).shape == (1, 128)
@@ -476,7 +564,11 @@ def test_run_leaves_what_it_promises(teacher, finished):
 @pytest.mark.parametrize("kind, stop_at", (("manual", 5), ("auto", 3), ("auto", 6)))
 def test_resume_is_bit_identical(kind, stop_at, teacher, finished, tmp_path, monkeypatch):
     """Stopped as by SIGTERM before, at and after pruning; then to the end."""
-    flags, count, exact = RUN + teacher + (AUTO if kind == "auto" else []) + ["--out", str(tmp_path)], [0], tinyclip.affinity_loss
+    flags, count, exact = (
+        RUN + teacher + (AUTO if kind == "auto" else []) + ["--out", str(tmp_path)],
+        [0],
+        tinyclip.affinity_loss,
+    )
     handlers = []
     monkeypatch.setattr(tinyclip.signal, "signal", lambda _, handler: handlers.append(handler))
 
@@ -498,7 +590,8 @@ def test_resume_is_bit_identical(kind, stop_at, teacher, finished, tmp_path, mon
 
 
 def test_bad_step_leaves_no_trace(teacher, tmp_path, monkeypatch):
-    """A gradient that is not finite, in the first step and in the third: weights, gates and multipliers stay as they were."""
+    """A gradient that is not finite, in the first step and in the third: weights, gates and multipliers stay as they
+    were."""
     models, seen, exact, forward = [], [], tinyclip.affinity_loss, TinyCLIP.open_gates
     monkeypatch.setattr(TinyCLIP, "open_gates", lambda self, lr: models.append(self) or forward(self, lr))
 
@@ -512,7 +605,9 @@ def test_bad_step_leaves_no_trace(teacher, tmp_path, monkeypatch):
     assert changes[0] == changes[2] == 0 and min(changes[1], changes[3], changes[4]) > 0
     gates = list(models[-1].gates.parameters())
     assert all(p.abs().max() <= math.log(100) + 1e-6 for p in gates) and (models[-1].multipliers > 10).all()
-    assert rows(tmp_path)[-1]["bad_steps"] == 2 and all(row["loss"] is None or math.isfinite(row["loss"]) for row in rows(tmp_path))
+    assert rows(tmp_path)[-1]["bad_steps"] == 2 and all(
+        row["loss"] is None or math.isfinite(row["loss"]) for row in rows(tmp_path)
+    )
 
 
 def test_the_teacher_stays_as_it_is(teacher, tmp_path, monkeypatch):
@@ -521,9 +616,24 @@ def test_the_teacher_stays_as_it_is(teacher, tmp_path, monkeypatch):
     torch.save(state, tmp_path / "resnet.pt")
     loaded, exact = [], TinyCLIP.from_pretrained
     monkeypatch.setattr(TinyCLIP, "from_pretrained", lambda *arguments: loaded.append(exact(*arguments)) or loaded[-1])
-    tinyclip.main(RUN + ["--teacher", str(tmp_path / "resnet.pt"), "--init", "none", "--model", "tiny-half", "--epochs", "1",
-                         "--out", str(tmp_path / "out")])
-    assert all(torch.equal(value, state[name]) for name, value in loaded[0][0].state_dict().items()) and rows(tmp_path / "out")
+    tinyclip.main(
+        RUN
+        + [
+            "--teacher",
+            str(tmp_path / "resnet.pt"),
+            "--init",
+            "none",
+            "--model",
+            "tiny-half",
+            "--epochs",
+            "1",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
+    assert all(torch.equal(value, state[name]) for name, value in loaded[0][0].state_dict().items()) and rows(
+        tmp_path / "out"
+    )
 
 
 def test_stages_chain_and_flags_do_what_they_say(teacher, finished, tmp_path):
@@ -532,7 +642,19 @@ def test_stages_chain_and_flags_do_what_they_say(teacher, finished, tmp_path):
         return weights(tmp_path / name / "last.pt"), rows(tmp_path / name)
 
     size = tinyclip.prunable(weights(finished[1] / "last.pt"))
-    again, _ = run("again", "--init", str(finished[1] / "last.pt"), "--auto", ".6", "--prune-step", "3", "--gate-lr", "2", "--sparsity-warmup", "1")
+    again, _ = run(
+        "again",
+        "--init",
+        str(finished[1] / "last.pt"),
+        "--auto",
+        ".6",
+        "--prune-step",
+        "3",
+        "--gate-lr",
+        "2",
+        "--sparsity-warmup",
+        "1",
+    )
     assert tinyclip.prunable(again) < size
     plain, log = run("alpha", "--alpha", ".5", "--cache-teacher-text", "--logit-scale", "0")
     assert all(row["loss"] == pytest.approx((row["affinity"] + row["clip"]) / 2, rel=1e-5) for row in log)
@@ -540,7 +662,9 @@ def test_stages_chain_and_flags_do_what_they_say(teacher, finished, tmp_path):
     cached, log = run("cached", "--cache-teacher-text")
     direct, other = run("direct")
     assert [row["affinity"] for row in log] == pytest.approx([row["affinity"] for row in other], rel=1e-3)
-    none, log = run("none", "--init", "none", "--alpha", "0", "--shrink", ".3", "--text-layers", "2", "--checkpoint-activations")
+    none, log = run(
+        "none", "--init", "none", "--alpha", "0", "--shrink", ".3", "--text-layers", "2", "--checkpoint-activations"
+    )
     assert len(none["visual.conv1.weight"]) == 64 and "transformer.resblocks.2.ln_1.bias" not in none
     assert "transformer.resblocks.1.ln_1.bias" in none and all(row["affinity"] == 0 for row in log)
     start, _ = run("start", "--lr", "0", "--init", str(finished[0] / "last.pt"))
@@ -559,12 +683,17 @@ def test_wrong_use_is_one_sentence(teacher, finished, tmp_path, monkeypatch):
     assert "clip.py" in message("--teacher", "") and "--init" in message("--init", str(tmp_path / "nowhere.pt"))
     assert "multiples of 64" in message("--image-width", "100")
     assert "cannot inherit" in message("--model", "tiny", "--text-layers", "6")
-    assert "--auto" in message("--auto", ".3", "--prune-step", "3", "--shrink", ".5") and "between" in message("--auto", "1.5", "--prune-step", "3")
+    assert "--auto" in message("--auto", ".3", "--prune-step", "3", "--shrink", ".5") and "between" in message(
+        "--auto", "1.5", "--prune-step", "3"
+    )
     words = clip.load_checkpoint(teacher[1])
     words["merges"] = "\n".join(words["merges"].split("\n")[1:] + ["a b"])
     clip.save_checkpoint(tmp_path / "words.pt", **words)
     assert "tokenizer" in message("--init", str(tmp_path / "words.pt"))
-    torch.save(TinyCLIP(**RESNET | dict(vocab=len(weights(teacher[1])["token_embedding.weight"]), context=77)).state_dict(), tmp_path / "resnet.pt")
+    torch.save(
+        TinyCLIP(**RESNET | dict(vocab=len(weights(teacher[1])["token_embedding.weight"]), context=77)).state_dict(),
+        tmp_path / "resnet.pt",
+    )
     assert "ViTs" in message("--init", str(tmp_path / "resnet.pt"), "--auto", ".3", "--prune-step", "3")
     assert "--alpha" in message("--out", str(finished[0]), "--alpha", ".5")
 
@@ -574,7 +703,11 @@ def test_teachers_of_other_houses(teacher, tmp_path):
     state = weights(teacher[1])
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "open_clip.pt")
     model, tokenizer, preprocess = TinyCLIP.from_pretrained(tmp_path / "open_clip.pt", "--teacher", True)
-    assert tokenizer is None and preprocess.size == 32 and type(model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    assert (
+        tokenizer is None
+        and preprocess.size == 32
+        and type(model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    )
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
@@ -582,7 +715,9 @@ def test_recipes_are_complete():
     parsed = vars(tinyclip.parse_args([]))
     assert set(tinyclip.RECIPES) == {"toy", "small", "cc3m", "cc12m", "yfcc15m"}
     for recipe in tinyclip.RECIPES.values():
-        assert set(recipe) <= set(parsed) and recipe["model"] in tinyclip.MODELS and recipe["augment"] in tinyclip.AUGMENT
+        assert (
+            set(recipe) <= set(parsed) and recipe["model"] in tinyclip.MODELS and recipe["augment"] in tinyclip.AUGMENT
+        )
         assert {"batch_size", "epochs", "lr", "warmup", "weight_decay", "prune_step", "sparsity_warmup"} <= set(recipe)
 
 
