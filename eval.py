@@ -12,7 +12,8 @@ without an error. OpenAI's own files get QuickGELU. For others GELU is assumed, 
 changes that.
 
 A test set is one of
-    toy, cifar10, ... (see DATASETS)     the drawn test set; torchvision's sets whose class names are usable
+    toy, toy-seen, ...                   drawn by code; data.TOY_TESTS has all names
+    cifar10, pets, ...                   torchvision's sets whose class names are usable; DATASETS has all names
     a folder with a sub-folder a class   zero-shot; the names stand in its classnames.txt, else the folders' names count
     tars with .cls and a classnames.txt  CLIP_benchmark's layout; also retrieval if there are .txt, one caption a line
     other tars, .tsv, .csv or .jsonl     retrieval; rows of a table that name the same picture are its captions
@@ -414,7 +415,8 @@ def open_test(spec, split="test", root=None, download=False, classnames=None):
         raise SystemExit("a test set without a name: is there a comma too many?")
     if spec in data.TOY_TESTS:
         variant, kinds = data.TOY_TESTS[spec]
-        return data.ToyDataset(2048, None, kinds, int(split == "train"), variant)  # train: others of the same kinds
+        seed = 1 if split == "train" else 0  # the training split has other pictures of the same kinds
+        return data.ToyDataset(2048, None, kinds, seed, variant)
     if spec in DATASETS:
         import torchvision
         name, of_test, of_train, _, _ = DATASETS[spec]
@@ -430,16 +432,19 @@ def open_test(spec, split="test", root=None, download=False, classnames=None):
         folder = folder / "test"
     if folder.is_dir() and not any(folder.glob("*.tar")):
         return open_folder(spec, folder, split, classnames)
-    if not any(map(os.path.exists, data.expand(str(folder)))):
-        raise SystemExit(f"there is no test set {spec}; give a path, or one of toy, {', '.join(DATASETS)}")
+    paths = data.expand(str(folder))
+    if not any(map(os.path.exists, paths)):
+        raise SystemExit(f"there is no test set {spec}; give a path, or one of "
+                         + ", ".join([*data.TOY_TESTS, *DATASETS]))
     if folder.suffix.lower() in (".tsv", ".csv", ".jsonl"):
         return CaptionTable(data.TableDataset(str(folder), None))
+    beside = Path(paths[0]).parent
+    names = classnames or find_classnames(beside, beside.parent)
     try:
         tars = data.TarDataset(str(folder), None, require="cls")
     except SystemExit:
         tars = data.TarDataset(str(folder), None)  # captions without classes
-    beside = Path(tars.paths[0]).parent
-    tars.classnames = classnames or find_classnames(beside, beside.parent)
+    tars.classnames = names
     return tars
 
 
@@ -762,7 +767,7 @@ def main(argv=None):
     add("--weights", choices=("model", "ema"), default="model", help="ema: the average, where a script keeps one")
     add("--quick-gelu", action=argparse.BooleanOptionalAction,
         help="the activation of files that do not name theirs (default: GELU, and a line that says so)")
-    add("--data", metavar="TESTS", help="comma list of test sets: paths, or " + ", ".join(["toy", *DATASETS]))
+    add("--data", metavar="TESTS", help="comma list of test sets: paths, or " + ", ".join([*data.TOY_TESTS, *DATASETS]))
     add("--data-root", metavar="DIR", help="folder of torchvision's files (default $CLIP_DATA or ./datasets)")
     add("--download", action="store_true", help="let torchvision download what is missing")
     add("--classnames", metavar="FILE", help="names of the classes, a line each; two names of one class as cat|kitten")
