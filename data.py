@@ -976,12 +976,16 @@ class ToyDataset(Pairs):
         variant, split, _ = self.source
         return f"{variant}-{split}/{self.keep[i]:08d}"
 
+    def scene(self, number):
+        """Dict of what is in the picture of a number: kind, other (a second kind or None), x, y, radius, size, light."""
+        return toy_scene(*self.source, number)
+
     def label(self, i):
-        return KINDS.index(toy_scene(*self.source, self.keep[i])["kind"])
+        return KINDS.index(self.scene(self.keep[i])["kind"])
 
     def tags(self, i):
         """The names of the one or two kinds in picture i, the main one first; whether its caption is another's."""
-        scene = toy_scene(*self.source, self.keep[i])
+        scene = self.scene(self.keep[i])
         kinds = [" ".join(kind) for kind in (scene["kind"], scene["other"]) if kind]
         return kinds, toy_caption(*self.source, self.keep[i])[1]
 
