@@ -146,8 +146,12 @@ class Preprocess:
 
     def normalize(self, images):
         """[..., 3, S, S], uint8 or float in [0, 1] -> float32 (float64 stays), on the device of the images."""
-        x = images / 255 if images.dtype == torch.uint8 else images.to(torch.promote_types(images.dtype, torch.float32))
-        return torch.stack([(x.select(-3, c) - self.mean[c]) / self.std[c] for c in range(3)], -3)
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        top = 255 if images.dtype == torch.uint8 else 1
+        # filled on the device, since copying constants to it would wait; one pass over the images
+        shift = torch.stack([images.new_full((1, 1), -m / s, dtype=dtype) for m, s in zip(self.mean, self.std)])  # [3, 1, 1]
+        scale = torch.stack([images.new_full((1, 1), 1 / (top * s), dtype=dtype) for s in self.std])
+        return torch.addcmul(shift, images, scale)
 
 
 # colours: parameters drawn in the worker, one row a sample; applied on the device
@@ -169,45 +173,51 @@ def color_params(rng, flip=0., jitter=(0, 0, 0, 0, 0), grey=0., blur=0., solariz
 def augment(images, params):
     """uint8 [B, 3, S, S] and color_params [B, 8], on one device -> float32 [B, 3, S, S] in [0, 1]. No host sync.
 
-    Order: brightness, contrast, saturation, hue, grey, blur, solarize (torchvision shuffles the first four).
+    Order: brightness, contrast, saturation, hue, grey, blur, solarize (torchvision shuffles the first four). The time
+    goes into passes over memory, so they are few. A picture whose parameters are the identity keeps its pixels exactly.
     """
     flip, brightness, contrast, saturation, hue, grey, sigma, solarize = params[..., None, None, None].unbind(1)
-    x = images / 255
-    x = torch.where(flip > 0, x.flip(-1), x)
-    x = (brightness * x).clamp(0, 1)
-    x = (contrast * x + (1 - contrast) * luma(x).mean((2, 3), keepdim=True)).clamp(0, 1)
-    x = (saturation * x + (1 - saturation) * luma(x)).clamp(0, 1)
+    images = torch.where(flip > 0, images.flip(-1), images)  # while a pixel is a byte
+    x = (images / (255 / brightness)).clamp_(max=1)
+    x.lerp_(luma(x.mean((2, 3), keepdim=True)), 1 - contrast).clamp_(0, 1)
+    x.lerp_(luma(x), 1 - saturation).clamp_(0, 1)
     x = torch.where(hue == 0, x, shift_hue(x, hue))
-    x = torch.where(grey > 0, luma(x), x)
-    x = torch.where(sigma > 0, gaussian_blur(x, sigma.clamp(min=.1) * x.shape[-1] / 224), x)
-    return torch.where((solarize > 0) & (x >= 128 / 256), 1 - x, x)
+    x.lerp_(luma(x), grey)
+    x = gaussian_blur(x, sigma * x.shape[-1] / 224)
+    return torch.minimum(x, 2 - solarize - x)  # solarize inverts what is above a half; 2 - x is above all
 
 
 def luma(x):
     """Brightness [B, 1, S, S] of colours [B, 3, S, S]."""
-    return .2989 * x[:, :1] + .587 * x[:, 1:2] + .114 * x[:, 2:]
+    r, g, b = x.split(1, 1)
+    return (.2989 * r).add_(g, alpha=.587).add_(b, alpha=.114)
 
 
 def shift_hue(x, turns):
     """x [B, 3, S, S] in [0, 1] with the hue moved by turns [B, 1, 1, 1]."""
     r, g, b = x.split(1, 1)
     top, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)  # [B, 1, S, S]
-    span = (top - low).clamp(min=1e-12)
-    hue = torch.where(top == r, (g - b) / span, torch.where(top == g, 2 + (b - r) / span, 4 + (r - g) / span))
-    hue = hue + 6 * turns  # in sixths of a turn
-    k = torch.cat([5 + hue, 3 + hue, 1 + hue], 1) % 6
-    return top - (top - low) * torch.minimum(k, 4 - k).clamp(0, 1)
+    span = top - low
+    red, green = top == r, top == g  # which colour is the largest
+    hue = torch.where(red, g - b, torch.where(green, b - r, r - g)).div_(span.clamp(min=1e-12))
+    hue += torch.where(red, 0., torch.where(green, 2., 4.))
+    hue = hue.add_(6 * turns).remainder_(6)  # in sixths of a turn
+    shares = torch.cat([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 1).clamp_(0, 1)
+    return torch.addcmul(low, span, shares)
 
 
 def gaussian_blur(x, sigma):
-    """x [B, 3, S, S] with its own sigma [B, 1, 1, 1] in pixels, mirrored at the edges: a banded matrix, used twice."""
+    """x [B, 3, S, S] with its own sigma [B, 1, 1, 1] in pixels (0: x itself), mirrored at the edges: a banded matrix, used
+    twice."""
     S, radius = x.shape[-1], max(1, round(x.shape[-1] / 22.4))  # a kernel of 21 pixels at S = 224
     offset, at = torch.arange(-radius, radius + 1, device=x.device), torch.arange(S, device=x.device)
     source = (S - 1) - ((S - 1) - (at[:, None] + offset).abs()).abs()  # [S, 2 radius + 1]
     with torch.autocast(x.device.type, enabled=False):
-        kernel = torch.softmax(-offset ** 2 / (2 * sigma.flatten(1) ** 2), 1)  # [B, 2 radius + 1]
-        matrix = torch.einsum("bk,ikj->bij", kernel, (source[..., None] == at).to(kernel.dtype))[:, None]
-        return matrix @ x @ matrix.mT
+        # below 1e-3 the neighbours' weights are 0 in fp32, and the matrix is the identity
+        kernel = torch.softmax(-offset ** 2 / (2 * sigma.flatten(1).clamp(min=1e-3) ** 2), 1)  # [B, 2 radius + 1]
+        matrix = torch.einsum("bk,ikj->bij", kernel, (source[..., None] == at).to(kernel.dtype))  # [B, S, S]
+        x = (x.flatten(1, 2) @ matrix.mT).view_as(x)  # along the width
+        return matrix[:, None] @ x
 
 
 def grid(images, captions, path, columns=4):
