@@ -744,7 +744,7 @@ def main(argv=None):
         results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
         if rank == 0:
             neighbor_picture(Path(args.out, "neighbors.png"), model, tokenizer, dataset, queue)
-            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
         scores = [result[result["metric"]] for result in results.values()]

@@ -790,7 +790,7 @@ def main(argv=None):
             shown = evaluator.open_test(tests[0], root=args.data_root) if tests else dataset
             picture(Path(args.out, "captions.png"), model, tokenizer, preprocess, shown)
             prototype_picture(args.out, dataset, episode, preprocess.size)
-            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
         scores = [result[result["metric"]] for result in results.values()]
