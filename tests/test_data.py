@@ -1,4 +1,5 @@
 """Pictures, formats, order, augmentation, toy data. All files are made here, in tmp_path."""
+import csv
 import io
 import json
 import math
@@ -122,6 +123,15 @@ def test_decode_16_bit():
     assert np.asarray(data.decode(encoded(Image.new("I", (4, 4), 70_000), "TIFF"))).min() == 255
 
 
+@pytest.mark.parametrize("pixels, expected", [
+    ([0, .5, 1], [0, 128, 255]), ([0, .1, .2], [0, 26, 51]),  # what lies in [0, 1] is taken as it is
+    ([0, 100, 200], [0, 128, 255]), ([-100, 0, 100], [0, 128, 255]), ([0, math.nan, math.inf], [0, 0, 0])])
+def test_decode_float(pixels, expected):
+    image = encoded(Image.fromarray(np.array([pixels], np.float32)), "TIFF")
+    assert Image.open(io.BytesIO(image)).mode == "F"
+    assert np.asarray(data.decode(image))[0].tolist() == [[value] * 3 for value in expected]
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_decode_bad(name):
     with pytest.raises(Exception):
@@ -185,6 +195,30 @@ def test_random_resized_crop():
     assert torch.equal(data.random_resized_crop(image, 64, (1, 1), random.Random(0), (1, 1)), TF.pil_to_tensor(image))
     box = data.crop_box(64, 64, (.3, .6), random.Random(5))
     assert torch.equal(data.random_resized_crop(encoded(image), 20, (.3, .6), random.Random(5)), data.resize_crop(image, box, 20))
+
+
+@pytest.mark.parametrize("size", [(64, 50), (300, 400)])
+def test_several_crops_are_those_of_several_calls(size, monkeypatch):
+    """The same pixels from the same random numbers, but decoded once."""
+    image, one, many = encoded(picture(*size), "JPEG"), random.Random(3), random.Random(3)
+    expected = torch.stack([data.random_resized_crop(image, 48, (.3, 1), one) for _ in range(3)])
+    decode, calls = data.decode, []
+    monkeypatch.setattr(data, "decode", lambda *args: calls.append(args) or decode(*args))
+    found = data.random_resized_crops(image, 48, (.3, 1), many, 3)
+    assert found.shape == (3, 3, 48, 48) and found.dtype == torch.uint8 and len(calls) == 1
+    assert many.random() == one.random()
+    if size[0] == 64:  # decoded whole in both cases
+        assert torch.equal(found, expected)
+    assert (found.float() - expected.float()).abs().mean() < 3
+
+
+def test_several_crops_are_decoded_for_the_smallest(monkeypatch):
+    boxes = iter([(0, 0, 800, 800), (10, 20, 100, 200)])
+    monkeypatch.setattr(data, "crop_box", lambda *args: next(boxes))
+    decode, asked = data.decode, []
+    monkeypatch.setattr(data, "decode", lambda image, enough: asked.append(enough) or decode(image, enough))
+    data.random_resized_crops(encoded(picture(800, 800), "JPEG"), 50, (0, 1), None, 2)
+    assert asked == [(200, 400)]
 
 
 def test_reduced_decoding():
@@ -298,6 +332,37 @@ def test_grid(tmp_path):
     assert Image.open(tmp_path / "one.png").width == 4 * 208
 
 
+# small text files
+
+def test_read_lines(tmp_path):
+    path = tmp_path / "lines"
+    for content, lines in ((b"a\nb\n", ["a", "b"]), ("\ufeffa\r\nb".encode(), ["a", "b"]), (b"a\rb\r", ["a", "b"]),
+                           (b"a\n\nb\n\n \n\t\n", ["a", "", "b"]), (b"", []), (b"\n \n", []), (b" a \n", [" a "]),
+                           ("a\x0bb\x85c\u2028d\x0ce\n".encode(), ["a\x0bb\x85c\u2028d\x0ce"])):
+        path.write_bytes(content)
+        assert data.read_lines(path, "--x") == lines
+    for content in ("café".encode("latin-1"), "a".encode("utf-16"), "ab".encode("utf-16-le"), b"PK\3\4\0\0"):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match="--x: the file .*lines is not UTF-8; save it as UTF-8"):
+            data.read_lines(path, "--x")
+    with pytest.raises(SystemExit, match="--x: the file .*none cannot be read: No such file"):
+        data.read_lines(tmp_path / "none", "--x")
+    with pytest.raises(SystemExit, match="--x: the file .* cannot be read: Is a directory"):
+        data.read_lines(tmp_path, "--x")
+
+
+def test_classnames_beside_a_tar(tmp_path):
+    image = encoded(picture())
+    write_tar(tmp_path / "0.tar", [("a.png", image), ("a.cls", "1")])
+    for content, names in (("\ufeffcat\r\ndog\r\n\r\n", ["cat", "dog"]), ("cat\rdog\n \n", ["cat", "dog"])):
+        (tmp_path / "classnames.txt").write_bytes(content.encode())
+        assert data.TarDataset(str(tmp_path), None, "cls").classnames == names
+    for content, message in ((b"cat\n\ndog", "blank line between names"), ("café".encode("latin-1"), "classnames.txt is not UTF-8")):
+        (tmp_path / "classnames.txt").write_bytes(content)
+        with pytest.raises(SystemExit, match=message):
+            data.TarDataset(str(tmp_path), None, "cls")
+
+
 # tars
 
 def test_expand(tmp_path):
@@ -307,7 +372,41 @@ def test_expand(tmp_path):
         (tmp_path / name).touch()
     names = [str(tmp_path / name) for name in ("[d].tar", "a.tar", "b.tar")]
     assert data.expand(str(tmp_path)) == data.expand(f"{tmp_path}/*.tar") == sorted(names)
-    assert data.expand(f"{tmp_path}/*.zip") == []
+    assert data.expand(f"{tmp_path}/*.zip") == [f"{tmp_path}/*.zip"]  # so that it is missed by its name, as in bash
+
+
+@pytest.mark.parametrize("pattern, paths", [  # each list is bash's
+    ("{a/{0..1},b/{0..2}}.tar", "a/0.tar a/1.tar b/0.tar b/1.tar b/2.tar"),
+    ("{a,b}{1,2}", "a1 a2 b1 b2"), ("{a,{b,c}d,e}", "a bd cd e"), ("x{,y}", "x xy"), ("{1..2,a}", "1..2 a"),
+    ("{8..11}", "8 9 10 11"), ("{08..11}", "08 09 10 11"), ("{1..010}", "001 002 003 004 005 006 007 008 009 010"),
+    ("{3..1}", "3 2 1"), ("{0..10..5}", "0 5 10"), ("{10..00..4}", "10 06 02"), ("{-02..1}", "-02 -01 000 001"),
+    ("{a..e..2}", "a c e"), ("{c..a}", "c b a"), ("{0..1}-{01..02}", "0-01 0-02 1-01 1-02"), ("{5..5..0}", "5"),
+    ("{a}", "{a}"), ("a{}b", "a{}b"), ("{a{0..1}}", "{a0} {a1}"), ("{a,b", "{a,b"), ("a,b}", "a,b}"), ("{a}{b,c}", "{a}b {a}c"),
+    ("{a,{b,c}", "{a,b {a,c"), ("{a,b}}", "a} b}"), ("{1..b}", "{1..b}"), ("{1.2}", "{1.2}"), ("{..}{0..1}", "{..}0 {..}1"),
+    ("{{0..1}..c}", "{{0..1}..c}"), ("{{a,b}..c}", "a..c b..c"), ("a.{x,y}.{00..01}", "a.x.00 a.x.01 a.y.00 a.y.01")])
+def test_braces_as_in_bash(pattern, paths):
+    assert data.braces(pattern) == paths.split()
+    assert data.expand(f"no/{pattern}::z") == [f"no/{path}" for path in paths.split()] + ["z"]
+
+
+def test_paths_with_any_characters(tmp_path, monkeypatch):
+    """What exists as it is written is read, also below or beside a pattern."""
+    for name in ("{a,b} {0..1}", "cut [0-9]", "a::b", "é\n~*?"):
+        (tmp_path / name).mkdir()
+        for number in "01":
+            write_tar(tmp_path / name / f"{number}.tar", samples(number))
+        folder = str(tmp_path / name)
+        assert data.expand(f"{folder}/0.tar") == [f"{folder}/0.tar"]
+        assert data.expand(folder) == [f"{folder}/0.tar", f"{folder}/1.tar"]
+        assert texts(data.open_dataset(folder, None)) == ["caption 0", "caption 1"]
+    assert data.expand(f"{tmp_path}/cut [0-9]/*.tar") == [f"{tmp_path}/cut [0-9]/{n}.tar" for n in "01"]
+    assert data.expand(f"{tmp_path}/cut [0-9]/{{1..0}}.tar") == [f"{tmp_path}/cut [0-9]/{n}.tar" for n in "10"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.expand("~/cut [0-9]/0.tar::~/x*.tar") == [f"{tmp_path}/cut [0-9]/0.tar", f"{tmp_path}/x*.tar"]
+    (tmp_path / "t.CSV").write_text("filepath,title\n0.png,one\n")
+    (tmp_path / "0.png").write_bytes(encoded(picture()))
+    dataset = data.open_dataset("~/t.CSV", crop_16)
+    assert texts(dataset) == ["one"] and dataset[0, 0]["skipped"] == 0
 
 
 def test_grouping(tmp_path):
@@ -332,7 +431,16 @@ def test_grouping(tmp_path):
                               "once", "twice", "jpg goes first", "  kept as it is \n"]
     assert [dataset.key(i) for i in range(9)] == ["0/" + key for key in ("a", "dir.v1/b", "./e", "f", "g", "j", "j", "k", "p")]
     assert dataset.image(0) == image and dataset.image(7) == b"jpg" and dataset.label(0) is None
-    assert dataset.skipped == {"no picture": 4, "blank or no caption": 5, "caption not UTF-8": 1}
+    hint = " (the members of a sample must stand next to each other, and its key ends at the first dot)"
+    assert dataset.skipped == {
+        "no picture beside .txt" + hint: 2, "no picture beside .gif .txt" + hint: 1, "no caption beside .jpg" + hint: 3,
+        "no picture beside .*.jpg .txt" + hint: 1, "blank caption": 2, "caption not UTF-8": 1}
+
+
+def test_reasons_stay_few(tmp_path):
+    path = write_tar(tmp_path / "0.tar", samples("a") + [(f"{i}.x{i}", b"") for i in range(50)])
+    skipped = data.TarDataset(path, None).skipped
+    assert len(skipped) == 10 and sum(skipped.values()) == 50 and skipped["other reasons"] == 41
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -363,7 +471,7 @@ def test_truncated_tar(tmp_path, cut):
     os.truncate(path, start + cut)
     dataset = data.TarDataset(path, None)
     assert texts(dataset) == ["caption a", "caption b"] + ["caption c"] * (ends[5] <= start + cut)
-    assert dataset.skipped["damaged or truncated tar"] == 1
+    assert dataset.skipped["damaged, truncated or compressed tar"] == 1
     two = data.TarDataset(write_tar(tmp_path / "1.tar", samples("a")) + "::" + path, None)
     assert len(two) == len(dataset) + 1 and two.skipped == dataset.skipped
 
@@ -381,14 +489,14 @@ def test_damaged_shard_is_left_out(tmp_path):
     (tmp_path / "1.tar").write_bytes(b"")
     write_tar(tmp_path / "2.tar", samples("ab"))
     dataset = data.TarDataset(str(tmp_path), None)
-    assert texts(dataset) == ["caption a", "caption b"] and dataset.skipped == {"damaged or truncated tar": 2}
+    assert texts(dataset) == ["caption a", "caption b"] and dataset.skipped == {"damaged, truncated or compressed tar": 2}
     assert dataset.key(1) == "2/b"
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda p: p / "nowhere", "no .*nowhere"), (lambda p: p / "nowhere.tsv", "no .*nowhere.tsv"), (lambda p: p, "no tar in"),
+    (lambda p: p / "nowhere", "no .*nowhere"), (lambda p: p / "nowhere.tsv", "no .*nowhere.tsv"), (lambda p: p, r"no .*/\*\.tar; data are"),
     (lambda p: write_tar(p / "empty.tar", []), "it is empty"), (lambda p: f"{p}/a{{0..3}}.tar", "no .*a0.tar"),
-    (lambda p: write_tar(p / "pictures.tar", [("a.jpg", b"."), ("b.jpg", b".")]), "2 x blank or no caption")])
+    (lambda p: write_tar(p / "pictures.tar", [("a.jpg", b"."), ("b.jpg", b".")]), "2 x no caption beside .jpg .*next to")])
 def test_nothing_there(tmp_path, make, message):
     with pytest.raises(SystemExit, match=message):
         data.open_dataset(str(make(tmp_path)), None)
@@ -401,7 +509,8 @@ def test_class_tars(tmp_path):
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     dataset = data.TarDataset(str(tmp_path), None, require="cls")
     assert [dataset.label(i) for i in range(len(dataset))] == [1, 0] and dataset.classnames == ["cat", "dog"]
-    assert dataset.captions(0) == ["one", "two"] and dataset.captions(1) == [] and dataset.skipped == {"no class": 2}
+    assert dataset.captions(0) == ["one", "two"] and dataset.captions(1) == [] and [*dataset.skipped.values()] == [1, 1]
+    assert any(reason.startswith("no class beside .png .txt") for reason in dataset.skipped)
     assert texts(data.TarDataset(str(tmp_path), None)) == ["one\n\ntwo\n", "no class"]  # the other way to read the same files
     with pytest.raises(SystemExit, match="class"):
         data.TarDataset(write_tar(tmp_path / "1.tar", samples("a")), None, require="cls")
@@ -447,6 +556,30 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
         data.TarDataset(path, None)
 
 
+def test_no_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(data.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    with pytest.raises(SystemExit, match="no home folder.*XDG_CACHE_HOME"):
+        data.TarDataset(write_tar(tmp_path / "0.tar", samples("a")), None)
+
+
+@pytest.mark.parametrize("name", ["0.tar", "0.csv"])
+def test_a_file_that_must_not_be_read(tmp_path, monkeypatch, name):
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(data, "scan_table", refuse)
+    monkeypatch.setattr(data.tarfile, "open", refuse)
+    (tmp_path / name).touch()
+    with pytest.raises(SystemExit, match=f"--data: a file cannot be read: .*Permission denied.*{name}"):
+        data.open_dataset(str(tmp_path / name), None)
+
+
+def test_a_folder_named_as_a_tar(tmp_path):
+    (tmp_path / "x.tar").mkdir()
+    with pytest.raises(SystemExit, match=r"there is no .*x.tar"):
+        data.open_dataset(str(tmp_path), None)
+
+
 def test_dataset_travels_light(tmp_path):
     """What a spawned worker gets is paths: the size of the pickle does not grow with the data."""
     dataset = data.open_dataset(write_tar(tmp_path / "0.tar", samples(range(400))), crop_16)
@@ -465,7 +598,7 @@ def test_dataset_travels_light(tmp_path):
     ("b.csv", 'filepath,title,other\r\np/0.jpg,"a, b ""c""\nand more",1\r\np/1.jpg,two,2\r\np/2.jpg,,3\r\np/3.jpg\r\n',
      [("p/0.jpg", ['a, b "c"\nand more']), ("p/1.jpg", ["two"])]),
     ("tabs.csv", "\ufefffilepath\ttitle\np/0.jpg\tone,\"\np/1.jpg\ttwo\r\n\tp/2.jpg\np/2.jpg\n",
-     [("p/0.jpg", ['one,"']), ("p/1.jpg", ["two"]), ("", ["p/2.jpg"])]),
+     [("p/0.jpg", ['one,"']), ("p/1.jpg", ["two"])]),
     ("c.jsonl", '{"filename": "p/0.jpg", "caption": "one"}\n{"filename": "p/1.jpg", "caption": ["é", "", "two"], "url": ""}\n'
      '{"filename": "p/2.jpg", "caption": []}\nnot json\n', [("p/0.jpg", ["one"]), ("p/1.jpg", ["é", "two"])])])
 def test_tables(tmp_path, name, lines, expected):
@@ -474,9 +607,79 @@ def test_tables(tmp_path, name, lines, expected):
     (tmp_path / "p/1.jpg").write_bytes(encoded(picture(), "JPEG"))
     dataset = data.open_dataset(str(tmp_path / name), crop_16)
     assert [(dataset.key(i), dataset.captions(i)) for i in range(len(dataset))] == expected
-    assert sum(dataset.skipped.values()) == 4 - len(expected) + (name == "a.tsv") * 0
+    assert sum(dataset.skipped.values()) == 4 - len(expected)
     assert dataset[1, 5]["skipped"] == 0 and dataset[1, 5]["images"].shape == (3, 16, 16) and dataset.label(0) is None
     assert pickle.loads(pickle.dumps(dataset)).captions(1) == expected[1][1]
+
+
+def read_table(path, content):
+    """[(key, caption)] of a table, and what was left out."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    dataset = data.open_dataset(str(path), None)
+    return [(dataset.key(i), *dataset.captions(i)) for i in range(len(dataset))], dataset.skipped
+
+
+TSV = "title\tfilepath\n"
+
+
+@pytest.mark.parametrize("name, content, rows", [
+    ("pandas.tsv", TSV + 'plain\ta.jpg\n"a 12"" record"\tb.jpg\n"two\nlines"\tc.jpg\n"tab\there"\td.jpg\n'
+     '"a\tb\nc"\te.jpg\n"""all"""\tf.jpg\n',
+     [("a.jpg", "plain"), ("b.jpg", 'a 12" record'), ("c.jpg", "two\nlines"), ("d.jpg", "tab\there"), ("e.jpg", "a\tb\nc"),
+      ("f.jpg", '"all"')]),
+    ("quoted.tsv", '"title"\t"filepath"\r\n"one, \r\ntwo"\t"a.jpg"\r\n"x"\t"b.jpg"', [("a.jpg", "one, \r\ntwo"), ("b.jpg", "x")]),
+    ("path_first.tsv", 'filepath\ttitle\na.jpg\t"x\ny\tz"\nb.jpg\t"\n\nq"\n', [("a.jpg", "x\ny\tz"), ("b.jpg", "\n\nq")]),
+    # raw quotes, as in open_clip's table of CC3M: no row is swallowed
+    ("raw.tsv", TSV + '"open\ta.jpg\nsay "hi" now\tb.jpg\n"to" be "\tc.jpg\nends"\td.jpg\n"\te.jpg\n""x\tf.jpg\n',
+     [("a.jpg", '"open'), ("b.jpg", 'say "hi" now'), ("c.jpg", '"to" be "'), ("d.jpg", 'ends"'), ("e.jpg", '"'), ("f.jpg", '""x')]),
+    ("apart.tsv", TSV + '"begins\ta.jpg\nplain\tb.png\nends"\tc.jpg\nlast\td.jpg\n',
+     [("a.jpg", '"begins'), ("b.png", "plain"), ("c.jpg", 'ends"'), ("d.jpg", "last")]),
+    ("no_extension.tsv", TSV + '"begins\ta/1\nends"\ta/2\n', [("a/1", '"begins'), ("a/2", 'ends"')]),
+    ("mixed.tsv", TSV + '"two\nlines"\ta.jpg\n"open\tb.jpg\na "raw" one\tc.jpg\n"three\n\nlines"\td.jpg\n',
+     [("a.jpg", "two\nlines"), ("b.jpg", '"open'), ("c.jpg", 'a "raw" one'), ("d.jpg", "three\n\nlines")]),
+    ("open.csv", 'filepath,title\na.jpg,"never closed\nb.jpg,two\nc.jpg,"three, 3"\n', 
+     [("a.jpg", '"never closed'), ("b.jpg", "two"), ("c.jpg", "three, 3")]),
+    ("index.csv", ',filepath,title\n0,a.jpg,one\n1,b.jpg,two,\n', [("a.jpg", "one"), ("b.jpg", "two")]),
+    ("excel.csv", "\ufefffilepath;title\r\na.jpg;one, two\r\nb.jpg;\"x;y\"\r\n", [("a.jpg", "one, two"), ("b.jpg", "x;y")]),
+    ("mac.csv", 'filepath,title\ra.jpg,one\rb.jpg,"two\nlines"\r', [("a.jpg", "one"), ("b.jpg", "two\rlines")]),
+    ("nul.csv", "filepath,title\na.jpg,o\0ne\n\n \n\nb.jpg,\u2028two\x85\n", [("a.jpg", "o\0ne"), ("b.jpg", "\u2028two\x85")]),
+    ("LOUD.JSONL", '\ufeff{"filename": "a.jpg", "caption": "one"}\r\n\r\n{"filename": "b.jpg", "caption": "two"}\n',
+     [("a.jpg", "one"), ("b.jpg", "two")]),
+    ("mac.jsonl", '{"filename": "a.jpg", "caption": "one"}\r{"filename": "b.jpg", "caption": "two"}', [("a.jpg", "one"), ("b.jpg", "two")])])
+def test_tables_as_others_write_them(tmp_path, name, content, rows):
+    found, skipped = read_table(tmp_path / name, content)
+    assert found == rows and sum(skipped.values()) == (name == "nul.csv")  # a line of one space
+
+
+def test_any_cell_survives_csv(tmp_path):
+    """What the csv module writes, by tabs or commas, comes back."""
+    rng = random.Random(0)
+    rows = [(f"{i}.jpg", "x" + "".join(rng.choices('ab",;\t\n\' ', k=rng.randint(1, 12)))) for i in range(2000)]
+    for name, delimiter in (("a.tsv", "\t"), ("a.csv", ",")):
+        for order in (1, -1):
+            text = io.StringIO()
+            csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(
+                row[::order] for row in [("filepath", "title"), *rows])
+            assert read_table(tmp_path / name, text.getvalue()) == (rows, {})
+
+
+def test_rows_that_are_left_out_are_counted(tmp_path):
+    found, skipped = read_table(tmp_path / "a.csv", "filepath,title\na.jpg,one\nb.jpg,a man, smiling\nc.jpg\n,four\n")
+    assert found == [("a.jpg", "one")] and skipped == {
+        "more cells than the header has: a caption with a delimiter must stand in quotes": 1, "no file name or no caption": 2}
+    found, skipped = read_table(tmp_path / "a.jsonl", '{"filename": "a.jpg", "caption": "one"}\n{"filename": "b.jpg", "capt')
+    assert found == [("a.jpg", "one")] and skipped == {"damaged or truncated line of JSON": 1}
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", b"", "it is empty"), ("a.tsv", b"\n \n", "it is empty"), ("a.jsonl", b"\n", "it is empty"),
+    ("a.csv", "filepath,title\na.jpg,x\n".encode("utf-16"), "is not UTF-8"), ("a.json", b"[{}]", "is no tar; data are .*jsonl"),
+    ("a.parquet", b"PAR1", "is no tar; data are"), ("a.tar.gz", b"\x1f\x8b", r"a.tar.gz is no tar; .*uncompressed"),
+    ("a.zip", b"PK", "is no tar"), ("a.arrow", b"", "is no tar"), ("a.tar", b"\x1f\x8b", "compressed tar")])
+def test_other_formats(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        data.open_dataset(str(tmp_path / name), None)
 
 
 def test_table_with_bad_bytes_or_header(tmp_path):
@@ -516,6 +719,96 @@ def test_limit_and_subset(tmp_path):
     with pytest.raises(SystemExit, match="--subset"):
         data.open_dataset(path, None, subset=tmp_path / "none")
     assert len(data.open_dataset("toy", None, limit=7)) == 7 and len(data.open_dataset("toy", None)) == data.TOY["pairs"]
+
+
+def test_subset_with_captions(tmp_path):
+    path = write_tar(tmp_path / "0.tar", samples("abcdef"))
+    (tmp_path / "s").write_bytes("\ufeff0/e\tnew  \r\n\r\n0/a\t\r\n0/c\r\n0/d\tone\r\n0/d\ttwo\tthree\u2028\x85!\r\n0/b\t\r\n"
+                                 "0/b\tother\r\n0/c\r\nnone\tx\r\n".encode())
+    dataset = data.open_dataset(path, crop_16, subset=tmp_path / "s")
+    expected = {"0/a": ["caption a"], "0/b": ["caption b", "other"], "0/c": ["caption c"],
+                "0/d": ["one", "two\tthree\u2028\x85!"], "0/e": ["new"]}
+    for dataset in (dataset, pickle.loads(pickle.dumps(dataset))):
+        assert {dataset.key(i): dataset.captions(i) for i in range(len(dataset))} == expected
+    assert dataset.skipped == {"key of --subset that is not in the data": 1}
+    drawn = {int(dataset[3, seed]["tokens"][0]) for seed in range(30)}
+    assert drawn == {3, 12} and dataset[4, 0]["tokens"][0] == 3
+    flat = [(key, text) for key, texts in expected.items() for text in texts]
+    assert list(data.captions(path, subset=tmp_path / "s")) == flat
+    assert list(data.captions(path, 2, None, tmp_path / "s")) == flat[:3]
+
+
+def test_subset_of_a_table_and_of_the_toy(tmp_path):
+    (tmp_path / "t.csv").write_text("filepath,title\na.jpg,one\nb.jpg,two\na.jpg,three\n")
+    (tmp_path / "s").write_text("a.jpg\n")
+    assert list(data.captions(str(tmp_path / "t.csv"), subset=tmp_path / "s")) == [("a.jpg", "one"), ("a.jpg", "three")]
+    (tmp_path / "s").write_text("a.jpg\tnew\na.jpg\n")
+    assert [text for _, text in data.captions(str(tmp_path / "t.csv"), subset=tmp_path / "s")] == ["new", "one", "new", "three"]
+    keys = [key for key, _ in data.captions("toy", 9)]
+    data.write_subset(tmp_path / "s", [(keys[3], "a new one"), (keys[5], "")])
+    (key, new), (other, own) = data.captions("toy", 9, subset=tmp_path / "s")
+    assert (key, new, other) == (keys[3], "a new one", keys[5]) and own == dict(data.captions("toy", 9))[keys[5]]
+
+
+def test_write_subset(tmp_path):
+    data.write_subset(tmp_path / "s", [("a b", " x\t y\n\u2028z "), ("é", "")])
+    assert (tmp_path / "s").read_bytes() == "a b\tx y z\né\t\n".encode()
+    for key in ("a\tb", "a\nb", "a\rb", " ", "caf\udce9"):
+        with pytest.raises(SystemExit, match="--subset: the key"):
+            data.write_subset(tmp_path / "s", [("good", ""), (key, "")])
+    assert (tmp_path / "s").read_bytes().startswith(b"a b")  # what was there is still there
+
+
+def test_keys_are_those_of_key(tmp_path):
+    path = write_tar(tmp_path / "0.tar", samples(["a", "é/b", "caf\udce9"])) + "::" + write_tar(tmp_path / "1.tar", samples("xy"))
+    for dataset in (data.open_dataset(path, None), data.open_dataset("toy", None, 5)):
+        dataset.keep = np.array([4, 0, 2])
+        assert list(dataset.keys()) == [dataset.key(i) for i in range(3)]
+
+
+# what the data are
+
+def test_fingerprint(tmp_path, monkeypatch):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for name in "01":
+            write_tar(tmp_path / folder / f"{name}.tar", samples([name + "a", name + "b", name + "c"]))
+    (tmp_path / "s").write_text("0/0b\n1/1a\n")
+    (tmp_path / "all").write_text("".join(f"{key}\n" for key, _ in data.captions(str(tmp_path / "one"))))
+    (tmp_path / "new").write_text("0/0b\tx\n1/1a\n")
+    (tmp_path / "newer").write_text("0/0b\ty\n1/1a\n")
+
+    def of(spec, **options):
+        return data.fingerprint(data.open_dataset(spec, None, **options))
+    one, two = f"{tmp_path}/one", f"{tmp_path}/two"
+    monkeypatch.chdir(tmp_path)
+    whole = of(one)
+    assert {of(two), of("one"), of(f"{one}/{{0,1}}.tar"), of(f"{one}/0.tar::two/1.tar"), of(one, limit=6),
+            of(one, subset=tmp_path / "all")} == {whole} and type(whole) is str
+    assert of(one, limit=3) == of(f"{one}/0.tar")
+    assert of(one, subset=tmp_path / "s") == of(two, subset=tmp_path / "s")
+    others = [of(f"{one}/1.tar::{one}/0.tar"), of(one, limit=5), of(one, subset=tmp_path / "s"), of(f"{one}/0.tar"),
+              of(one, subset=tmp_path / "new"), of(one, subset=tmp_path / "newer"), of(one, subset=tmp_path / "new", limit=1)]
+    write_tar(tmp_path / "two/1.tar", samples(["1a", "1b"]) + [("1c.jpg", encoded(picture(41), "JPEG")), ("1c.txt", "caption 1c")])
+    others.append(of(two))  # another size of a picture
+    write_tar(tmp_path / "two/1.tar", samples(["1a", "1b"]) + [samples(["1c"])[0], ("1c.txt", "caption 1cc")])
+    others.append(of(two))
+    assert len({whole, *others}) == len(others) + 1
+
+
+def test_fingerprint_of_tables_and_of_the_toy(tmp_path):
+    found = []
+    for name, content in (("a.csv", "filepath,title\na.jpg,one\nb.jpg,two\n"), ("b.tsv", "title\tfilepath\none\ta.jpg\ntwo\tb.jpg\n"),
+                          ("c.csv", "filepath,title\na.jpg,one\nb.jpg,six\n"), ("d.csv", "filepath,title\nb.jpg,two\na.jpg,one\n")):
+        (tmp_path / name).write_text(content)
+        found.append(data.fingerprint(data.open_dataset(str(tmp_path / name), None)))
+    assert found[0] == found[1] and len({*found}) == 3
+    key, _ = next(data.captions("toy"))
+    (tmp_path / "s").write_text(key)
+    toys = [data.ToyDataset(9, None), data.ToyDataset(8, None), data.ToyDataset(9, None, "test"), data.ToyDataset(9, None, seed=1),
+            data.open_dataset("toy", None, 9, tmp_path / "s")]
+    assert len({data.fingerprint(toy) for toy in toys}) == 5
+    assert data.fingerprint(data.ToyDataset(9, crop_16)) == data.fingerprint(toys[0])
 
 
 def test_names(tmp_path, monkeypatch):
@@ -581,6 +874,15 @@ def test_replacement_goes_on_ten_times():
     assert item["draw"] == random.Random(5).random()
     with pytest.raises(data.Unreadable, match=f"key {chain[10]}: OSError.*unreadable"):
         Brittle(1000, chain)[3, 5]
+
+
+@pytest.mark.parametrize("length, fails, used, skipped", [
+    (7919, [11], 12, 1), (7919, [11, 12], 13, 2), (7919, [7918], 0, 1),  # 7919 further on is itself
+    (2 * 7919, [11], 11 + 7919, 1), (2 * 7919, [11, 11 + 7919], 12, 2), (2 * 7919, [11, 11 + 7919, 12], 12 + 7919, 3),
+    (7920, [11], 10, 1), (3, [1], (1 + 7919) % 3, 1), (1000, [3], 922, 1)])  # the rule as it always was
+def test_replacement_goes_round_no_circle(length, fails, used, skipped):
+    item = Brittle(length, fails)[fails[0], 0]
+    assert (item["index"], item["skipped"]) == (used, skipped)
 
 
 @pytest.mark.parametrize("workers", (0, 1))
@@ -694,6 +996,20 @@ def test_tokens_are_cut(used, context, length):
     assert views.shape == (3, 2, length) and views.is_contiguous()
 
 
+def test_default_workers(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 64)
+    for cores, ranks, cpu, cuda, toy_cuda in ((64, 1, 12, 12, 12), (64, 8, 8, 8, 8), (4, 1, 4, 4, 4), (4, 8, 0, 1, 1), (1, 1, 1, 1, 1)):
+        monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert data.default_workers("cc3m", "cpu") == cpu and data.default_workers("cc3m", torch.device("cuda", 1)) == cuda
+        assert data.default_workers("toy", "cuda") == toy_cuda
+        assert data.default_workers("toy", torch.device("cpu")) == data.default_workers("toy-busy", "cpu") == 0
+    monkeypatch.delattr(data.os, "sched_getaffinity")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert data.default_workers("x.csv", "cpu") == 8
+
+
 def test_loader_pins_for_cuda_alone():
     batches = data.EpochBatches(8, 2)
     assert [data.loader([], batches, 0, d).pin_memory for d in (None, "cpu", torch.device("cuda", 0))] == [False, False, True]
@@ -765,7 +1081,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     path = write_tar(tmp_path / "0.tar", samples("abcde") + [("x.jpg", b""), ("y.jpg", BAD["html"]), ("y.txt", "a caption")])
     data.main([path, "--bpe", "train", "--out", str(tmp_path / "sheet.png")])
     text = capsys.readouterr().out
-    assert "6 pairs in 1 tars" in text and "1 x blank or no caption" in text and "pairs/s" in text and "1 failed" in text
+    assert "6 pairs in 1 tars" in text and "1 x no caption beside .jpg" in text and "pairs/s" in text and "1 failed" in text
     assert "all up to" in text and Image.open(text.split()[-1]).size[0] > 600
     monkeypatch.setattr(data, "BPE_URL", (tmp_path / "none").as_uri())
     monkeypatch.setattr(data, "BPE_FILE", "none")
