@@ -178,7 +178,7 @@ def table(rows, kind):
 
 def main(argv=None):
     args = parse_args(argv)
-    runs = [find_run(path, args) for path in args.checkpoints]
+    runs = [read_run(path, args) for path in args.checkpoints]
     names = {test: evaluator.open_test(test, root=run["root"]).classnames for run in runs for test in run["tests"]}
     for test in names:
         if not names[test]:
@@ -233,7 +233,7 @@ def parse_args(argv=None):
     return args
 
 
-def find_run(path, args):
+def read_run(path, args):
     """Dict of a checkpoint's path and name; its data, limit, subset and root (--data-root); its tests."""
     flags = evaluator.read_checkpoint(path).get("flags", {})  # weights from elsewhere have none
     tests = args.eval or flags.get("eval")

@@ -672,7 +672,9 @@ def test_wrong_use_is_one_sentence(teacher, finished, tmp_path, monkeypatch):
         return str(error.value)
 
     monkeypatch.chdir(tmp_path)
-    assert "there is no file runs/" in message("--teacher", "") and "--init" in message("--init", str(tmp_path / "nowhere.pt"))
+    assert "there is no file runs/" in message("--teacher", "") and "--init" in message(
+        "--init", str(tmp_path / "nowhere.pt")
+    )
     assert "multiples of 64" in message("--image-width", "100")
     assert "cannot inherit" in message("--model", "tiny", "--text-layers", "6")
     assert "--auto" in message("--auto", ".3", "--prune-step", "3", "--shrink", ".5") and "between" in message(

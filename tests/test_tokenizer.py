@@ -94,20 +94,30 @@ def test_bytes_come_first():
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]
 
 
-@pytest.mark.parametrize("text", ["a small red circle", "it's 2 o'clock, isn't it?", "日本語 ünïcödé 🙂 -- x_y",
-                                  "</w> <b>"])
+@pytest.mark.parametrize(
+    "text", ["a small red circle", "it's 2 o'clock, isn't it?", "日本語 ünïcödé 🙂 -- x_y", "</w> <b>"]
+)
 def test_decode_inverts_encode(small, text):
     plain = " ".join(data.piece_pattern().findall(text))
     assert small.decode(small.encode(text)) == plain
     assert small.decode(small([text])[0][:19]) == small.decode(small.encode(text)[:18])
 
 
-@pytest.mark.parametrize("text, plain", [
-    ("  Two   Words\n", "two words"), ("it’s “fine”", "it's \"fine\""), ("&amp;amp;lt;b&gt;", "<b>"),
-    ("caf&eacute;", "café"),
-    ("ﬁne ﬂoor Ĳ ﬅ", "fine floor ij ſt"), ("ＡＢＣ　１", "abc 1"), ("a\u2028b\rc\x85 \x93d\x94", "a b c… \"d\""),
-    ("a\x07b\ufeffc", "abc"),
-    ("cafe\u0301", "café"), ("<i>&rsquo;", "<i>’")])
+@pytest.mark.parametrize(
+    "text, plain",
+    [
+        ("  Two   Words\n", "two words"),
+        ("it’s “fine”", "it's \"fine\""),
+        ("&amp;amp;lt;b&gt;", "<b>"),
+        ("caf&eacute;", "café"),
+        ("ﬁne ﬂoor Ĳ ﬅ", "fine floor ij ſt"),
+        ("ＡＢＣ　１", "abc 1"),
+        ("a\u2028b\rc\x85 \x93d\x94", "a b c… \"d\""),
+        ("a\x07b\ufeffc", "abc"),
+        ("cafe\u0301", "café"),
+        ("<i>&rsquo;", "<i>’"),
+    ],
+)
 def test_clean(text, plain):
     assert data.clean(text) == plain
 
