@@ -719,8 +719,8 @@ def main(argv=None):
     saved = find_run(args, about, device)
     if args.init and not saved:
         state = evaluator.load_clip_state(args.init, args.quick_gelu, about["merges"])
-        mask = model.token_embedding.weight[-1:].detach().cpu()  # other towers have no mask token
-        state["token_embedding.weight"] = torch.cat([state["token_embedding.weight"], mask])
+        table = state["token_embedding.weight"]
+        state["token_embedding.weight"] = torch.cat([table, table.mean(0, keepdim=True)])  # the mask token starts there
         load_towers(model, state, args)
     for module in model.modules():
         if hasattr(module, "checkpoint_activations"):
