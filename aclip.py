@@ -694,7 +694,7 @@ def main(argv=None):
             results |= {test + name: result for test, result in found.items()}
         if rank == 0:
             masks_picture(Path(args.out, "masks.png"), ema, preprocess, dataset)
-            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
         scores = [result[result["metric"]] for result in results.values()]

@@ -483,7 +483,7 @@ def main(argv=None):
         if rank == 0:
             shown = evaluator.open_test(tests[0], root=args.data_root) if tests else dataset
             picture(Path(args.out, "captions.png"), model, tokenizer, preprocess, shown)
-            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
         scores = [result[result["metric"]] for result in results.values()]

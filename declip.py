@@ -5,8 +5,8 @@ is written twice: once with some words masked, once edited (two words swapped, s
 synonym). Four losses use these views:
 
     clip   CLIP's loss for all four combinations of a crop and a text (the paper's multi-view supervision).
-    nns    Nearest-neighbour supervision. A queue holds the latest captions. A crop must match the one that is most
-           similar to its own caption, because that one often describes the picture too.
+    nns    Nearest-neighbour supervision. A queue holds the latest captions' features. A crop must match the one nearest
+           to its own caption's, because the caption behind it often describes the picture too.
     ssl    Self-supervision of the image tower: each crop predicts the feature of the other crop (SimSiam).
     mlm    Masked language modelling: the text tower guesses the masked words, as in BERT.
 
@@ -16,7 +16,7 @@ The losses. x_k is the unit vector of crop k = 1, 2. y_v is that of the masked (
 the row of the queue nearest to y_v. z_k = projector(image feature) and p_k = predictor(z_k). s is CLIP's scale.
 
     clip = mean over k, v of clip_loss(x_k, y_v)
-    nns  = mean over k, v of cross-entropy(s <x_k, n_v>): pictures choose among neighbours, not the reverse
+    nns  = mean over k, v of cross-entropy(s <x_k, n_v>), in one direction only: each picture chooses a neighbour
     ssl  = -1/2 [ cos(p_1, z_2) + cos(p_2, z_1) ]
     mlm  = cross-entropy of the masked words, read from the text tower before its projection
     L    = .4 clip + .2 nns + .2 ssl + .2 mlm
@@ -26,9 +26,9 @@ In nns, the neighbours are detached, so this term trains only the image tower an
 the batch's other captions, not the whole queue. Search before you enqueue, or each caption finds itself.
 
 Results (zero-shot ImageNet). RN50 has 60.4 % from 56 M pairs; OpenAI's CLIP has 59.6 % from 400 M (paper). On
-YFCC15M-V2, ViT-B-32 has 43.2 %, CLIP 32.8 % (authors' benchmark). But DeCLIP's pictures are also augmented more
-strongly; the baseline with the same ones is clip.py --augment declip. A step takes twice CLIP's FLOPs, because each
-tower runs twice. Heads, queue and masked words add 2 %.
+YFCC15M-V2, ViT-B-32 has 43.2 %, CLIP 32.8 % (authors' benchmark). But DeCLIP also augments pictures more
+strongly. The baseline that does so too is clip.py --augment declip. A step takes twice CLIP's FLOPs, because each tower
+runs twice. Heads, queue and masked words add 2 %.
 
 How to run.
     python declip.py                                                         built-in pictures, any machine, minutes
@@ -145,17 +145,17 @@ def nearest_neighbor_loss(image_views, neighbors, logit_scale):
 
 
 class FeatureQueue(nn.Module):
-    """The unit rows that were enqueued last, those of all ranks, equal on all ranks (section 3.3). Random unit rows at
-    first. size: number of rows; dim: their length D.
+    """The unit rows that all ranks enqueued last, the same on each rank (section 3.3). It starts with random unit rows.
+    size: number of rows; dim: their length D.
 
-    Do not make it a part of a model that DDP wraps. DDP broadcasts buffers at each step: 134 MB for 65,536 rows of 512.
+    DDP must not see it. Inside a wrapped model its buffers would be broadcast each step, 134 MB for 65,536 rows of 512.
     """
 
     def __init__(self, size, dim):
         super().__init__()
         rows = torch.randn(size, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("rows", F.normalize(rows, dim=1))  # [size, D]
-        self.register_buffer("samples", torch.full((size,), -1))  # number of the sample that a row is from
+        self.register_buffer("samples", torch.full((size,), -1))  # whose row it is; -1: nobody's
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # place of the oldest row, the next to go
 
     @torch.no_grad()
@@ -171,8 +171,8 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, x, samples=None, good=True):
-        """Puts the unit rows x [B, D] of all ranks in the place of the oldest rows. samples: numbers, int64 [B]. good:
-        bool, may be a tensor on the device; if it is false, nothing changes."""
+        """Replaces the oldest rows by the unit rows x [B, D] of all ranks. samples: the numbers of their samples, int64
+        [B]. good: bool, or a bool tensor on the device; if it is false, nothing changes."""
         size, good = len(self.rows), torch.as_tensor(good, device=x.device)
         if samples is None:
             samples = self.samples.new_full((len(x),), -1)
@@ -231,8 +231,8 @@ def mask_tokens(tokens, eot, mask_id, vocab, p=.15, generator=None):
     choice, kind, word = torch.rand(3, *tokens.shape, device=tokens.device, generator=generator)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     chosen = (choice < p) & (place > 0) & (place < eot[:, None]) & (tokens != mask_id)
-    # Random words are ids below the start token, which is in column 0. The released code also draws the end token, and
-    # the text is then read at the wrong place.
+    # Random words are ids below the start token, which is in column 0. The released code also draws the end token,
+    # and the text is then read at the wrong place.
     limit = tokens[:, :1].clamp(max=min(vocab, mask_id))
     word = (word * limit).long()
     masked = torch.where(kind < .8, mask_id, torch.where(kind < .9, word, tokens))
@@ -244,7 +244,7 @@ def pack_labels(labels, length):
     the flattened tokens [B, length], and targets [M]. length: that of the tokens, which may have been cut.
 
     M is a multiple of B, so that there are few shapes. The padding is place 0 with the target -100, which mlm_loss
-    leaves out. It runs on the host, because M depends on the values: a device would have to be waited for.
+    leaves out. Call it on the host: M depends on the values, so a device would have to be waited for.
     """
     row, column = (labels != -100).nonzero(as_tuple=True)
     padding = 0, -len(row) % len(labels)
@@ -544,7 +544,8 @@ class DeCLIP(CLIP):
         if isinstance(self.visual, VisionTransformer):
             # The patch embedding stays random, as in the released code. MoCo v3 found this more stable.
             self.visual.conv1.requires_grad_(False)
-        nn.init.constant_(self.logit_scale, 3.)  # s = 20.1; released: 14.3, but only in the first step
+        # s = 20.1. The released code starts at 14.3 and moves s to at least 20.1 after the first step.
+        nn.init.constant_(self.logit_scale, 3.)
 
     def forward(self, images, tokens, eot, places=None):
         """images [2, B, 3, S, S], tokens [2, B, L] (masked, edited), eot [2, B] (the end tokens' places), places [M] of
@@ -582,8 +583,8 @@ AUGMENT = {  # share of a picture's area that a crop keeps; colours: jitter is (
 
 
 def read_synonyms(path):
-    """{lower-case word: list of synonyms} of a text file with a line word<TAB>synonym,synonym for each word. SystemExit
-    if it is none. tests/RESULTS.md says how to make one from WordNet."""
+    """{lower-case word: list of synonyms} of a text file with lines word<TAB>synonym,synonym. SystemExit if a line is
+    different. tests/RESULTS.md says how to make such a file from WordNet."""
     table = {}
     for number, line in enumerate(data.read_lines(path, "--synonyms"), 1):
         word, _, rest = line.partition("\t")
@@ -596,9 +597,9 @@ def read_synonyms(path):
 
 
 def declip_views(image, caption, rng, tokenizer, size, augment, p, synonyms):
-    """One sample, made in a worker: image bytes and a caption -> dict of two crops images, uint8 [2, 3, S, S], their
-    colour parameters colors [2, 8] (where the augmentation changes colours), tokens [2, L] of the masked and the edited
-    caption, the places eot [2] of their end tokens, and labels [L] of the masked words. p: share of words to mask."""
+    """One sample, made in a worker: image bytes and a caption -> dict of images, two crops, uint8 [2, 3, S, S]; colors
+    [2, 8], their colour parameters (where the augmentation changes colours); tokens [2, L] of the masked and the edited
+    caption; eot [2], the places of their end tokens; labels [L] of the masked words. p: share of words to mask."""
     area, colors = AUGMENT[augment]
     tokens = tokenizer([caption, eda(caption, rng, synonyms)])
     eot = tokens.argmax(-1)  # found before masking, because the mask token has the largest id
@@ -613,15 +614,15 @@ def declip_views(image, caption, rng, tokenizer, size, augment, p, synonyms):
 
 
 def declip_collate(samples):
-    """The batch of data.collate, in which the places [M] and targets [M] of pack_labels stand for the labels [B, L]."""
+    """data.collate, but with the places [M] and targets [M] of pack_labels instead of the labels [B, L]."""
     batch = data.collate(samples)
     batch["places"], batch["targets"] = pack_labels(batch.pop("labels"), batch["tokens"].shape[-1])
     return batch
 
 
 def neighbor_picture(path, model, tokenizer, dataset, queue, count=8):
-    """Writes both crops of a few samples. Under the first stands the masked caption, under the second the edited one,
-    and after "->" the caption in the queue that is nearest to it: what nearest_neighbor_loss makes the crops match."""
+    """Writes both crops of a few samples, the masked caption under the first and the edited one under the second. After
+    "->" follows the caption whose row in the queue is nearest: what nearest_neighbor_loss makes both crops match."""
     device = model.logit_scale.device
     places = range(0, len(dataset), max(1, len(dataset) // count))[:count]
     batch = data.collate([dataset[i, 0] for i in places])
@@ -643,8 +644,8 @@ def neighbor_picture(path, model, tokenizer, dataset, queue, count=8):
 
 
 RECIPES = {  # batch size of all ranks together, warm-up in steps; percentages are zero-shot ImageNet
-    # toy and small are ours; one epoch of toy, because it has the views of two; no colours, because its captions name
-    # them
+    # toy and small are ours. toy does not change colours, because its captions name them, and has half of clip.py's
+    # epochs, because each step sees two views.
     "toy": dict(
         model="tiny", batch_size=128, epochs=1, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy"),
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="declip"),
@@ -743,7 +744,7 @@ def main(argv=None):
         results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
         if rank == 0:
             neighbor_picture(Path(args.out, "neighbors.png"), model, tokenizer, dataset, queue)
-            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
         scores = [result[result["metric"]] for result in results.values()]
@@ -777,8 +778,8 @@ def main(argv=None):
                     found = queue.search(text_views.flatten(0, 1))  # [2B]
                     neighbors = queue.rows[found].unflatten(0, (2, -1))  # [2, B, D]
                     nns = nearest_neighbor_loss(image_views, neighbors, logit_scale)
-                    # the share of captions that find themselves, from an epoch before: they teach nothing new; if it
-                    # grows, --queue is too long
+                    # The share of captions that find their own row of an earlier epoch, from which nothing new is
+                    # learned. If it grows, take a smaller --queue.
                     own = (queue.samples[found] == index.repeat(2)).float().mean()
                 if args.w_ssl:
                     ssl = simsiam_loss(*siamese)
@@ -800,7 +801,7 @@ def main(argv=None):
                 with torch.no_grad():
                     for buffer, before in zip(model.buffers(), statistics):
                         buffer.copy_(buffer.where(good, before))
-                    # Released: [3, 6], and the loss of s = 100 for a larger s, but the gradient of the larger s.
+                    # The released code has [3, 6]. Where s > 100, its loss is that of s = 100, but its gradient is not.
                     model.logit_scale.clamp_(3, math.log(100))  # not its exp: clamped, it has no gradient
                 if args.w_nns:
                     for view in (1, 0):  # edited, then masked captions, as in the released code

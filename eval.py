@@ -12,7 +12,8 @@ without an error. OpenAI's own files get QuickGELU. For others GELU is assumed, 
 changes that.
 
 A test set is one of
-    toy, cifar10, ... (see DATASETS)     the drawn test set; torchvision's sets whose class names are usable
+    toy, toy-seen, ...                   drawn by code; data.TOY_TESTS has all names
+    cifar10, pets, ...                   torchvision's sets whose class names are usable; DATASETS has all names
     a folder with a sub-folder a class   zero-shot; the names stand in its classnames.txt, else the folders' names count
     tars with .cls and a classnames.txt  CLIP_benchmark's layout; also retrieval if there are .txt, one caption a line
     other tars, .tsv, .csv or .jsonl     retrieval; rows of a table that name the same picture are its captions
@@ -414,7 +415,8 @@ def open_test(spec, split="test", root=None, download=False, classnames=None):
         raise SystemExit("a test set without a name: is there a comma too many?")
     if spec in data.TOY_TESTS:
         variant, kinds = data.TOY_TESTS[spec]
-        return data.ToyDataset(2048, None, kinds, int(split == "train"), variant)  # train: others of the same kinds
+        seed = 1 if split == "train" else 0  # the training split has other pictures of the same kinds
+        return data.ToyDataset(2048, None, kinds, seed, variant)
     if spec in DATASETS:
         import torchvision
         name, of_test, of_train, _, _ = DATASETS[spec]
@@ -430,16 +432,19 @@ def open_test(spec, split="test", root=None, download=False, classnames=None):
         folder = folder / "test"
     if folder.is_dir() and not any(folder.glob("*.tar")):
         return open_folder(spec, folder, split, classnames)
-    if not any(map(os.path.exists, data.expand(str(folder)))):
-        raise SystemExit(f"there is no test set {spec}; give a path, or one of toy, {', '.join(DATASETS)}")
+    paths = data.expand(str(folder))
+    if not any(map(os.path.exists, paths)):
+        raise SystemExit(f"there is no test set {spec}; give a path, or one of "
+                         + ", ".join([*data.TOY_TESTS, *DATASETS]))
     if folder.suffix.lower() in (".tsv", ".csv", ".jsonl"):
         return CaptionTable(data.TableDataset(str(folder), None))
+    beside = Path(paths[0]).parent
+    names = classnames or find_classnames(beside, beside.parent)
     try:
         tars = data.TarDataset(str(folder), None, require="cls")
     except SystemExit:
         tars = data.TarDataset(str(folder), None)  # captions without classes
-    beside = Path(tars.paths[0]).parent
-    tars.classnames = classnames or find_classnames(beside, beside.parent)
+    tars.classnames = names
     return tars
 
 
@@ -694,20 +699,21 @@ def import_script(script, path):
     return importlib.import_module(script)
 
 
-def load(path, device="cpu", weights="model", quick_gelu=None):
+def load(path, device="cpu", weights="model", quick_gelu=None, bpe=None):
     """A file of weights -> model in eval mode, tokenizer, preprocess (data.Preprocess).
 
     path: a checkpoint of these scripts, OpenAI's TorchScript archive or state dict, or open_clip's state dict or
     .safetensors. A checkpoint of ours gets the classes of its script, which must be a file beside this one. Another
     file gets clip.py's classes, OpenAI's merges, mean and standard deviation. weights: "model", or "ema", an average
     that some scripts keep. quick_gelu: whether weights that do not say it need QuickGELU. If it is None, GELU is
-    assumed for them, and a printed line says so. SystemExit if the file is none of these.
+    assumed for them, and a printed line says so. bpe: the merges of such weights, if not OpenAI's: a file. SystemExit
+    if the file is none of these.
     """
     checkpoint = read_checkpoint(path)
     if "script" not in checkpoint:
         if weights != "model":
             raise SystemExit(f"{path} is no checkpoint of these scripts, so it has no {weights!r}: see --weights")
-        return load_foreign(path, checkpoint, device, quick_gelu)
+        return load_foreign(path, checkpoint, device, quick_gelu, bpe)
     if missing := {weights, "sizes", "preprocess", "merges", "context"} - set(checkpoint):
         raise SystemExit(f"{path} is a checkpoint without {', '.join(sorted(missing))}: see --weights")
     script = str(checkpoint["script"])
@@ -720,7 +726,7 @@ def load(path, device="cpu", weights="model", quick_gelu=None):
     return model.to(device).eval(), tokenizer, data.Preprocess(**checkpoint["preprocess"])
 
 
-def load_foreign(path, checkpoint, device, quick_gelu):
+def load_foreign(path, checkpoint, device, quick_gelu, bpe):
     """load for what read_checkpoint found in a file of OpenAI's or open_clip's."""
     state = tower_state(path, checkpoint)
     quick_gelu = checkpoint.get("sizes", {}).get("quick_gelu", quick_gelu)
@@ -734,11 +740,13 @@ def load_foreign(path, checkpoint, device, quick_gelu):
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise SystemExit(f"{path}: its weights do not make one of clip.py's models ({reason})") from None
-    tokenizer = data.find_tokenizer(None, "")
+    if bpe == "train":
+        raise SystemExit(f"{path} was trained with merges that cannot be made anew: --bpe must name their file")
+    tokenizer = data.find_tokenizer(bpe, "")
     tokenizer.context = len(state["positional_embedding"])
     if len(state["token_embedding.weight"]) != tokenizer.vocab_size:
         raise SystemExit(f"{path} has {len(state['token_embedding.weight'])} tokens and the merges make "
-                         f"{tokenizer.vocab_size}; name the file of the merges that it was trained with by $CLIP_BPE")
+                         f"{tokenizer.vocab_size}; name the file of the merges that it was trained with by --bpe")
     return model.to(device).eval(), tokenizer, data.Preprocess(image_size(state))
 
 
@@ -762,7 +770,8 @@ def main(argv=None):
     add("--weights", choices=("model", "ema"), default="model", help="ema: the average, where a script keeps one")
     add("--quick-gelu", action=argparse.BooleanOptionalAction,
         help="the activation of files that do not name theirs (default: GELU, and a line that says so)")
-    add("--data", metavar="TESTS", help="comma list of test sets: paths, or " + ", ".join(["toy", *DATASETS]))
+    add("--bpe", metavar="FILE", help="merges of files that do not hold theirs (default: $CLIP_BPE, else OpenAI's)")
+    add("--data", metavar="TESTS", help="comma list of test sets: paths, or " + ", ".join([*data.TOY_TESTS, *DATASETS]))
     add("--data-root", metavar="DIR", help="folder of torchvision's files (default $CLIP_DATA or ./datasets)")
     add("--download", action="store_true", help="let torchvision download what is missing")
     add("--classnames", metavar="FILE", help="names of the classes, a line each; two names of one class as cat|kitten")
@@ -794,7 +803,8 @@ def main(argv=None):
     tests, train = (names and names.split(",") for names in (args.data, args.train))
     several, results = len(args.checkpoint) > 1, {}
     for path in args.checkpoint:
-        model, tokenizer, preprocess = load(path, "cuda" if cuda else "cpu", args.weights, args.quick_gelu)
+        model, tokenizer, preprocess = load(
+            path, "cuda" if cuda else "cpu", args.weights, args.quick_gelu, args.bpe)
         if args.data:
             results[path] = evaluate(model, tokenizer, preprocess, tests, amp, args.workers, templates, classnames,
                                      args.probe, args.download, args.knn, train, args.data_root, args.batch_size)

@@ -102,25 +102,7 @@ def clip_loss(image_features, text_features, logit_scale):
         return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
 
-# episodes and prototypes
-
-def plan_episodes(pairs, batch_size, epochs, episode_size, prototypes, warmup):
-    """Cuts the size m of an episode to the data's and to whole batches, and the number K of prototypes to m / 10.
-    Returns m, K, the steps of an episode, and the steps of the run, which is as many episodes as come nearest to the
-    epochs. SystemExit if there is no prototype or the warm-up has too many steps."""
-    # The authors also cluster an incomplete last batch, on which they do not train.
-    episode_size = min(episode_size, pairs) // batch_size * batch_size
-    prototypes = min(prototypes, episode_size // 10)
-    if not prototypes:
-        raise SystemExit(f"--episode-size: {episode_size} pairs in whole batches of {batch_size} are too few, because "
-                         "a prototype needs 10; raise --episode-size, or lower --batch-size")
-    steps = episode_size // batch_size
-    total = steps * max(1, round(epochs * (pairs // batch_size) / steps))
-    if warmup >= total:
-        raise SystemExit(f"the run has {total} steps in episodes of {steps}: too few for --warmup {warmup}; lower "
-                         "--warmup or raise --epochs")
-    return episode_size, prototypes, steps, total
-
+# prototypes
 
 def sample_episode(seed, episode, size, length):
     """Numbers of the pairs of an episode: int64 [size] out of range(length), uniform, with replacement. They depend on
@@ -243,77 +225,6 @@ def projection_head(dim, hidden, out):
     return nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
-class Episode(nn.Module):
-    """The constants of an episode of m pairs, as buffers, so that they join the checkpoint. It stands outside DDP,
-    which would broadcast them in each step. A place is a number in range(m); a pair that is drawn twice has two.
-
-    The loss has 2 terms, or 4 with an external teacher: 0 image taught by text, 1 text taught by image, 2 and 3 image
-    and text taught by the external teacher. samples [m]: the number in the data set of the pair at each place; labels
-    [terms, m]: the teacher's cluster of each place; centroids, targets [terms, K, d]: D and T of each term.
-    """
-
-    def __init__(self, size, prototypes, dim, external=False):
-        super().__init__()
-        terms = 4 if external else 2
-        self.register_buffer("samples", torch.zeros(size, dtype=torch.int64))
-        self.register_buffer("labels", torch.zeros(terms, size, dtype=torch.int64))
-        # before the first clustering all centroids are 0: the loss is ln K, and features get no gradient
-        self.register_buffer("centroids", torch.zeros(terms, prototypes, dim))
-        self.register_buffer("targets", torch.zeros(terms, prototypes, dim))
-
-    @torch.no_grad()
-    def find_prototypes(self, h_image, h_text, samples, teacher, iters, restarts, temperature, seed):
-        """Clusters the pairs of an episode and fills the buffers, which become equal on all ranks.
-
-        h_image, h_text [m/W, d], samples [m/W]: this rank's, as extract_features returns them. teacher: the external
-        teacher's features of the whole data set, an array [M, any], or None. iters, restarts, seed: of kmeans;
-        temperature: of expected_target. Returns seconds and mean squared distances to the centroids, for the log.
-        """
-        start, k, m = time.perf_counter(), self.centroids.shape[1], len(self.samples)
-        with evaluator.full_fp32():
-            by_image, C_image, image_objective = kmeans(h_image, k, iters, restarts, seed)
-            by_text, C_text, text_objective = kmeans(h_text, k, iters, restarts, seed)
-            terms = [(h_image, by_text, C_text, temperature), (h_text, by_image, C_image, temperature)]
-            if teacher is not None:
-                features = torch.from_numpy(teacher[samples.cpu().numpy()]).to(h_image.device, torch.float32)
-                by_external, C_external, _ = kmeans(features.nan_to_num(0, 0, 0), k, iters, restarts, seed)
-                terms += [(h_image, by_external, C_external, 0), (h_text, by_external, C_external, 0)]  # hard targets
-            for i, (h, labels, C, tau) in enumerate(terms):
-                self.centroids[i] = cluster_means(h, labels, k)
-                self.targets[i] = expected_target(C, self.centroids[i], tau)
-        columns = gather(torch.stack([samples, *(labels for _, labels, _, _ in terms)])[None])  # [W, 1 + terms, m/W]
-        columns = columns.permute(1, 2, 0).flatten(1)  # [1 + terms, m]: column j of rank r is place j W + r
-        self.samples.copy_(columns[0])
-        self.labels.copy_(columns[1:])
-        return dict(cluster_seconds=time.perf_counter() - start, image_objective=image_objective / m,
-                    text_objective=text_objective / m)
-
-
-@torch.no_grad()
-def extract_features(model, loader, preprocess, amp, rank, world):
-    """Features of the pairs of an episode, of its places rank, rank + W, ...: unit rows h_image, h_text [m/W, d] behind
-    the heads, and the numbers of the pairs in the data set, samples [m/W]. All ranks call it.
-
-    model: runs in eval mode, and in DDP, which gives all ranks the running statistics of rank 0, if there are several
-    ranks. loader: of the batches of the episode. amp: dtype of autocast, or None.
-    """
-    device, rows = next(model.parameters()).device, []
-    model.eval()
-    for batch in loader:
-        images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
-        if "colors" in batch:
-            images = data.augment(images, batch["colors"].to(device, non_blocking=True))
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            _, _, h_image, h_text, _, _ = model(preprocess.normalize(images), tokens)
-        rows.append([gather(x)[rank::world] for x in (h_image, h_text, batch["index"].to(device))])
-    model.train()
-    h_image, h_text, samples = map(torch.cat, zip(*rows))
-    # in fp16 a new RN50 may overflow in eval mode, where its batch norms still have the statistics 0 and 1
-    return h_image.nan_to_num(0, 0, 0), h_text.nan_to_num(0, 0, 0), samples
-
-
-# the external teacher
-
 def caption_features(ids, vocab, dim=64):
     """Features of captions without any model: unit rows of TF-IDF over their tokens, reduced by a randomised SVD. They
     are ours; the authors have RoBERTa's.
@@ -332,38 +243,6 @@ def caption_features(ids, vocab, dim=64):
         torch.manual_seed(0)
         u, s, _ = torch.svd_lowrank(tfidf, min(dim, len(ids), vocab))
     return u * s
-
-
-def open_teacher(path, dataset, tokenizer, out, rank, anew):
-    """The external teacher's features, an array [M, any] that stays on disk, row i for pair i of the data set. path: a
-    .npy file, or None, which is returned, or "captions": then rank 0 makes teacher.npy in the folder out, if it is not
-    there or anew is true. All ranks call it. SystemExit if the file cannot be written or does not fit."""
-    if path is None:
-        return None
-    if path == "captions":
-        path = Path(out, "teacher.npy")
-        # Rank 0 takes two minutes a million pairs, and NCCL gives up on a rank after ten minutes. So the others wait
-        # in a group with another limit.
-        waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if dist.is_initialized() else None
-        if rank == 0 and (anew or not path.exists()):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(f"{path}.tmp", "wb") as file:
-                    ids = [tokenizer.encode(" ".join(dataset.captions(i))) for i in range(len(dataset))]
-                    np.save(file, caption_features(ids, tokenizer.vocab_size).numpy())
-                os.replace(f"{path}.tmp", path)
-            except OSError as error:
-                raise SystemExit(f"--out {out}: teacher.npy cannot be written: {error}") from None
-        if waiting is not None:
-            dist.barrier(waiting)
-    try:
-        teacher = np.load(path, mmap_mode="r", allow_pickle=False)
-        if np.ndim(teacher) != 2 or len(teacher) != len(dataset):
-            raise ValueError(f"it holds {list(np.shape(teacher))}")
-    except (OSError, ValueError, EOFError) as error:
-        raise SystemExit(f"--teacher-features {path} is no .npy of {len(dataset)} rows, one a pair in use: "
-                         f"{error}") from None
-    return teacher
 
 
 # encoders: OpenAI's towers under open_clip's parameter names
@@ -635,6 +514,127 @@ class ProtoCLIP(CLIP):
         return image_features, text_features, h_image, h_text, self.logit_scale.exp(), self.logit_scale_proto.exp()
 
 
+# episodes
+
+def plan_episodes(pairs, batch_size, epochs, episode_size, prototypes, warmup):
+    """Cuts the size m of an episode to the data's and to whole batches, and the number K of prototypes to m / 10.
+    Returns m, K, the steps of an episode, and the steps of the run, which is as many episodes as come nearest to the
+    epochs. SystemExit if there is no prototype or the warm-up has too many steps."""
+    # The authors also cluster an incomplete last batch, on which they do not train.
+    episode_size = min(episode_size, pairs) // batch_size * batch_size
+    prototypes = min(prototypes, episode_size // 10)
+    if not prototypes:
+        raise SystemExit(f"--episode-size: {episode_size} pairs in whole batches of {batch_size} are too few, because "
+                         "a prototype needs 10; raise --episode-size, or lower --batch-size")
+    steps = episode_size // batch_size
+    total = steps * max(1, round(epochs * (pairs // batch_size) / steps))
+    if warmup >= total:
+        raise SystemExit(f"the run has {total} steps in episodes of {steps}: too few for --warmup {warmup}; lower "
+                         "--warmup or raise --epochs")
+    return episode_size, prototypes, steps, total
+
+
+class Episode(nn.Module):
+    """The constants of an episode of m pairs, as buffers, so that they join the checkpoint. It stands outside DDP,
+    which would broadcast them in each step. A place is a number in range(m); a pair that is drawn twice has two.
+
+    The loss has 2 terms, or 4 with an external teacher: 0 image taught by text, 1 text taught by image, 2 and 3 image
+    and text taught by the external teacher. samples [m]: the number in the data set of the pair at each place; labels
+    [terms, m]: the teacher's cluster of each place; centroids, targets [terms, K, d]: D and T of each term.
+    """
+
+    def __init__(self, size, prototypes, dim, external=False):
+        super().__init__()
+        terms = 4 if external else 2
+        self.register_buffer("samples", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("labels", torch.zeros(terms, size, dtype=torch.int64))
+        # before the first clustering all centroids are 0: the loss is ln K, and features get no gradient
+        self.register_buffer("centroids", torch.zeros(terms, prototypes, dim))
+        self.register_buffer("targets", torch.zeros(terms, prototypes, dim))
+
+    @torch.no_grad()
+    def find_prototypes(self, h_image, h_text, samples, teacher, iters, restarts, temperature, seed):
+        """Clusters the pairs of an episode and fills the buffers, which become equal on all ranks.
+
+        h_image, h_text [m/W, d], samples [m/W]: this rank's, as extract_features returns them. teacher: the external
+        teacher's features of the whole data set, an array [M, any], or None. iters, restarts, seed: of kmeans;
+        temperature: of expected_target. Returns seconds and mean squared distances to the centroids, for the log.
+        """
+        start, k, m = time.perf_counter(), self.centroids.shape[1], len(self.samples)
+        with evaluator.full_fp32():
+            by_image, C_image, image_objective = kmeans(h_image, k, iters, restarts, seed)
+            by_text, C_text, text_objective = kmeans(h_text, k, iters, restarts, seed)
+            terms = [(h_image, by_text, C_text, temperature), (h_text, by_image, C_image, temperature)]
+            if teacher is not None:
+                features = torch.from_numpy(teacher[samples.cpu().numpy()]).to(h_image.device, torch.float32)
+                by_external, C_external, _ = kmeans(features.nan_to_num(0, 0, 0), k, iters, restarts, seed)
+                terms += [(h_image, by_external, C_external, 0), (h_text, by_external, C_external, 0)]  # hard targets
+            for i, (h, labels, C, tau) in enumerate(terms):
+                self.centroids[i] = cluster_means(h, labels, k)
+                self.targets[i] = expected_target(C, self.centroids[i], tau)
+        columns = gather(torch.stack([samples, *(labels for _, labels, _, _ in terms)])[None])  # [W, 1 + terms, m/W]
+        columns = columns.permute(1, 2, 0).flatten(1)  # [1 + terms, m]: column j of rank r is place j W + r
+        self.samples.copy_(columns[0])
+        self.labels.copy_(columns[1:])
+        return dict(cluster_seconds=time.perf_counter() - start, image_objective=image_objective / m,
+                    text_objective=text_objective / m)
+
+
+@torch.no_grad()
+def extract_features(model, loader, preprocess, amp, rank, world):
+    """Features of the pairs of an episode, of its places rank, rank + W, ...: unit rows h_image, h_text [m/W, d] behind
+    the heads, and the numbers of the pairs in the data set, samples [m/W]. All ranks call it.
+
+    model: runs in eval mode, and in DDP, which gives all ranks the running statistics of rank 0, if there are several
+    ranks. loader: of the batches of the episode. amp: dtype of autocast, or None.
+    """
+    device, rows = next(model.parameters()).device, []
+    model.eval()
+    for batch in loader:
+        images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
+        if "colors" in batch:
+            images = data.augment(images, batch["colors"].to(device, non_blocking=True))
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            _, _, h_image, h_text, _, _ = model(preprocess.normalize(images), tokens)
+        rows.append([gather(x)[rank::world] for x in (h_image, h_text, batch["index"].to(device))])
+    model.train()
+    h_image, h_text, samples = map(torch.cat, zip(*rows))
+    # in fp16 a new RN50 may overflow in eval mode, where its batch norms still have the statistics 0 and 1
+    return h_image.nan_to_num(0, 0, 0), h_text.nan_to_num(0, 0, 0), samples
+
+
+def open_teacher(path, dataset, tokenizer, out, rank, anew):
+    """The external teacher's features, an array [M, any] that stays on disk, row i for pair i of the data set. path: a
+    .npy file, or None, which is returned, or "captions": then rank 0 makes teacher.npy in the folder out, if it is not
+    there or anew is true. All ranks call it. SystemExit if the file cannot be written or does not fit."""
+    if path is None:
+        return None
+    if path == "captions":
+        path = Path(out, "teacher.npy")
+        # Rank 0 takes two minutes a million pairs, and NCCL gives up on a rank after ten minutes. So the others wait
+        # in a group with another limit.
+        waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if dist.is_initialized() else None
+        if rank == 0 and (anew or not path.exists()):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(f"{path}.tmp", "wb") as file:
+                    ids = [tokenizer.encode(" ".join(dataset.captions(i))) for i in range(len(dataset))]
+                    np.save(file, caption_features(ids, tokenizer.vocab_size).numpy())
+                os.replace(f"{path}.tmp", path)
+            except OSError as error:
+                raise SystemExit(f"--out {out}: teacher.npy cannot be written: {error}") from None
+        if waiting is not None:
+            dist.barrier(waiting)
+    try:
+        teacher = np.load(path, mmap_mode="r", allow_pickle=False)
+        if np.ndim(teacher) != 2 or len(teacher) != len(dataset):
+            raise ValueError(f"it holds {list(np.shape(teacher))}")
+    except (OSError, ValueError, EOFError) as error:
+        raise SystemExit(f"--teacher-features {path} is no .npy of {len(dataset)} rows, one a pair in use: "
+                         f"{error}") from None
+    return teacher
+
+
 # views and picture
 
 AUGMENT = {  # share of a picture's area that a crop keeps; colours: jitter is (probability, brightness, contrast,
@@ -790,7 +790,7 @@ def main(argv=None):
             shown = evaluator.open_test(tests[0], root=args.data_root) if tests else dataset
             picture(Path(args.out, "captions.png"), model, tokenizer, preprocess, shown)
             prototype_picture(args.out, dataset, episode, preprocess.size)
-            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
         scores = [result[result["metric"]] for result in results.values()]

@@ -856,8 +856,8 @@ def main(argv=None):
     if saved or args.auto:
         model = build(state, TinyCLIP, quick_gelu=quick_gelu)
     else:
-        model = build(args.model, TinyCLIP, image_size=preprocess.size, vocab=tokenizer.vocab_size,
-                      context=tokenizer.context, quick_gelu=quick_gelu, **student_sizes(args, teacher))
+        sizes = dict(image_size=preprocess.size, vocab=tokenizer.vocab_size, context=tokenizer.context)
+        model = build(args.model, TinyCLIP, **student_sizes(args, teacher) | sizes, quick_gelu=quick_gelu)
         if args.init != "none":
             try:
                 model.load_state_dict(inherit(state, model.state_dict()))
@@ -928,7 +928,7 @@ def main(argv=None):
         if rank == 0:
             shown = evaluator.open_test(tests[0], root=args.data_root) if tests else dataset
             picture(Path(args.out, "captions.png"), student, tokenizer, preprocess, shown)
-            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
         scores = [result[result["metric"]] for result in results.values()]

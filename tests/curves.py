@@ -2,7 +2,10 @@
 
     python tests/curves.py concept "CLIP=runs/a,runs/b" "Proto=runs/c,runs/d" > steps.svg    each evaluation, over steps
     python tests/curves.py concept "CLIP:1389=runs/a" "CLIP:2778=runs/b,runs/c" > pairs.svg   the last one, over pairs
+    python tests/curves.py counts.csv toy-seen "CLIP=runs/a,runs/b" > counts.svg
+                                            accuracy over the counts of concepts, from frequency.py --csv
 """
+import csv
 import json
 import math
 import sys
@@ -33,8 +36,33 @@ def read(test, specs):
     return curves, bool(pairs)
 
 
-def svg(title, curves, pairs):
-    """Lines of an SVG. curves: {name: {x: values of all runs}}, in per cent; x counts pairs if `pairs`, else steps."""
+def frequencies(path, test, specs):
+    """{name: {count of a bin's upper edge: mean accuracies in the bin, one a checkpoint}} from frequency.py's --csv;
+    a curve for each checkpoint if there are no specs."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    import frequency  # only here, since it takes seconds
+    with open(path) as file:
+        rows = [row for row in csv.DictReader(file) if row["test"] == test]
+    curves = {}
+    for spec in specs or dict.fromkeys(row["checkpoint"] for row in rows):
+        name, _, checkpoints = spec.partition("=")
+        points = curves.setdefault(name, {})
+        for checkpoint in (checkpoints or name).split(","):
+            mine = [(int(row["count"]), float(row["accuracy"])) for row in rows if row["checkpoint"] == checkpoint]
+            if not mine:
+                raise SystemExit(f"{path} has no rows of {checkpoint} on {test}")
+            edges, means, _ = frequency.binned(*zip(*mine))
+            for edge, value in zip(edges, means):
+                if not math.isnan(value):  # an empty bin
+                    points.setdefault(math.exp(edge), []).append(value)
+    if not curves:
+        raise SystemExit(f"{path} has no rows on {test}")
+    return curves
+
+
+def svg(title, curves, pairs, label=None):
+    """Lines of an SVG. curves: {name: {x: values of all runs}}, in per cent. pairs: x is a number of pairs, on a
+    logarithmic axis, else of steps. label: what x is, if it is neither."""
     ticks = sorted({x for points in curves.values() for x in points})
     every = [values for points in curves.values() for values in points.values()]
     low = 5 * math.floor(min(mean(v) - spread(v) for v in every) / 5)
@@ -58,10 +86,10 @@ def svg(title, curves, pairs):
         if right(x) - shown > 44:  # else the numbers would overlap
             shown = right(x)
             yield f'<path d="M{shown:.1f} {HEIGHT + 34}v4" stroke="black"/>'
-            yield f'<text x="{shown:.1f}" y="{HEIGHT + 51}" text-anchor="middle">{x:,}</text>'
+            yield f'<text x="{shown:.1f}" y="{HEIGHT + 51}" text-anchor="middle">{x:,.0f}</text>'
     yield f'<path d="M50 34v{HEIGHT}h{WIDTH}" fill="none" stroke="black"/>'
     yield (f'<text x="{50 + WIDTH / 2}" y="{HEIGHT + 72}" text-anchor="middle">'
-           f'{"training pairs" if pairs else "steps"}</text>')
+           f'{label or ("training pairs" if pairs else "steps")}</text>')
     ends = []  # where the names of the curves stand
     for (name, points), color in zip(curves.items(), cycle(COLORS)):
         places = [(right(x), down(mean(v)), HEIGHT * spread(v) / (high - low)) for x, v in sorted(points.items())]
@@ -85,4 +113,8 @@ def spread(values):
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
-    print(*svg(f"Recall at 10 on {sys.argv[1]}, %", *read(sys.argv[1], sys.argv[2:])), sep="\n")
+    if sys.argv[1].endswith(".csv"):
+        curves, label = frequencies(sys.argv[1], sys.argv[2], sys.argv[3:]), "captions that mention the concept"
+        print(*svg(f"Accuracy on {sys.argv[2]}, %", curves, True, label), sep="\n")
+    else:
+        print(*svg(f"Recall at 10 on {sys.argv[1]}, %", *read(sys.argv[1], sys.argv[2:])), sep="\n")

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("clip", "declip", "protoclip", "aclip", "tinyclip")  # a new script joins the tests by its name in this line
+# a new script joins the tests by its name here
+SCRIPTS = ("clip", "declip", "protoclip", "aclip", "tinyclip", "frequency", "nmtune")
 OWN = {"main", "parse_args", "RECIPES"}
 
 

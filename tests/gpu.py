@@ -1,0 +1,311 @@
+"""What only a GPU can show: that the scripts are right there (check) and fast (speed).
+
+    python tests/gpu.py check [script ...]
+    python tests/gpu.py speed [script ...]
+
+Each result is a line, printed at once and appended to runs/gpu.txt (--results), so that a run that is cut off keeps what it had.
+Runs are small. They run here, in one process, by each script's own main. On a CPU the same checks run with gloo for NCCL and
+with a compiler that only traces; what needs CUDA is named and skipped. The test suite does that, so that this file does not rot.
+"""
+import argparse
+import importlib
+import math
+import os
+import sys
+import tempfile
+import time
+from functools import partial, partialmethod
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import cost
+import data
+import eval as evaluator
+
+CHECKS = {  # script: flags of its small runs (three epochs of three steps), the rows of cost.py that are its speed
+    "clip": (["--augment declip", "--model RN50 --image-size 32"], ["clip"]),
+    "declip": (["--augment declip"], ["declip", "declip-rn50"]),
+    "protoclip": (["--augment protoclip --episode-size {episode} --prototypes 6 --warmup-episodes 1"], ["protoclip"]),
+    "aclip": (["--model tiny-4 --augment aclip"], ["aclip", "aclip-eff"]),
+    "tinyclip": (["--teacher {folder}/teacher.pt", "--teacher {folder}/teacher.pt --auto .25 --prune-step 7 --sparsity-warmup 3"],
+                 ["tinyclip", "tinyclip-cached"]),
+}
+LOOSE = {"protoclip": 10, "aclip": 10}  # clusters and masks turn rounding into other choices
+LATER = {"protoclip", "prototypes", "labels", "samples", "rng"}  # in a checkpoint: what a bad step may change
+
+
+def small_models(module):
+    """For a CPU: the models of a script that are tiny anyway, and its RN50, with one layer of the least width."""
+    least = dict(embed_dim=64, text_width=64, text_layers=1)
+    found = {name: sizes | least | dict(vision_width=64, vision_layers=1) for name, sizes in module.MODELS.items() if name.startswith("tiny")}
+    return found | {"RN50": least | dict(patch_size=None, vision_width=16, vision_layers=(1, 1, 1, 1))}
+
+
+class Ranks(int):
+    """The number 1, which passes for more than 1: main then wraps its model in DDP."""
+    __hash__ = int.__hash__
+
+    def __eq__(self, other):
+        return other != 1 and int(self) == other
+
+    def __ne__(self, other):
+        return not self == other
+
+    def __gt__(self, other):
+        return other == 1 or int(self) > other
+
+
+def tensors(state, path=""):
+    """Yields (name, tensor) for all tensors in a checkpoint that a bad step must leave alone; counts of batches aside."""
+    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+        if isinstance(value, (dict, list, tuple)):
+            yield from tensors(value, f"{path}{key}.")
+        elif isinstance(value, torch.Tensor) and key != "num_batches_tracked" and not str(key).endswith(".num_batches_tracked"):
+            yield f"{path}{key}", value.detach().cpu().clone()
+
+
+class Checks:
+    """Small runs of the scripts, compared. say: takes a line; failed: names of the checks that failed; steps: of the run so far."""
+
+    def __init__(self, folder, say):
+        self.folder, self.say, self.failed, self.cuda = Path(folder), say, [], torch.cuda.is_available()
+        self.batch = 128 if self.cuda else 8
+
+    def run(self, script, flags, out, *patches, loader=None, stop_after=None, cpu=False):
+        """Rows of the log with a loss, gradients of the first two steps, checkpoints by step. stop_after: a kill after the
+        checkpoint of that step."""
+        module, gradients, states, self.steps = importlib.import_module(script), [], {}, 0
+        keep = module.save_checkpoint
+
+        def look(optimizer, *_):
+            self.steps += 1
+            if self.steps <= 2 and not loader:
+                gradients.append(torch.cat([p.grad.detach().float().flatten().cpu() for group in optimizer.param_groups
+                                            for p in group["params"] if p.grad is not None]))
+
+        def save(path, **state):
+            keep(path, **state)
+            states.setdefault(state["step"], dict(tensors({k: v for k, v in state.items() if k not in LATER})))
+            if state["step"] == stop_after:
+                raise KeyboardInterrupt
+
+        patches = [*patches, mock.patch.object(module, "save_checkpoint", save)]
+        if cpu:
+            patches.append(mock.patch.object(torch.cuda, "is_available", lambda: False))
+        if not self.cuda:
+            patches += [mock.patch.dict(module.MODELS, small_models(module)),
+                        mock.patch.object(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager")),
+                        mock.patch.object(torch, "compile", partial(torch.compile, backend="eager"))]
+        flags = (f"--limit {3 * self.batch} --batch-size {self.batch} --epochs 3 --warmup 2 --eval= --eval-every 3 --log-every 1 --workers 0 "
+                 + flags.format(folder=self.folder, episode=3 * self.batch)).split()
+        hook = register_optimizer_step_pre_hook(look)
+        try:
+            rows = cost.run(script, flags, self.folder / out, loader, *patches)
+        except KeyboardInterrupt:
+            rows = []
+        finally:
+            hook.remove()
+        return [row for row in rows if "loss" in row], gradients, states
+
+    def verdict(self, what, good, numbers):
+        self.say(f"{'ok  ' if good else 'FAIL'} {what}: {numbers}")
+        if not good:
+            self.failed.append(what)
+
+    def agree(self, what, one, other, limit):
+        """Losses of all steps and gradients of the first two of two runs agree."""
+        losses = [[row["loss"] for row in rows] for rows, *_ in (one, other)]
+        pairs = [(a, b) for a, b in zip(*losses) if None not in (a, b)]
+        loss = max((abs(a - b) for a, b in pairs), default=math.inf)
+        gradient = max((float((a - b).norm() / a.norm()) for a, b in zip(one[1], other[1])), default=0.)
+        good = len(losses[0]) == len(losses[1]) and 2 * len(pairs) > len(losses[0]) and loss <= limit and gradient <= 10 * limit
+        self.verdict(what, good, f"losses differ by {loss:.1e} (at most {limit:.0e}), gradients by {gradient:.1e} of their length, "
+                     f"{len(losses[0])} and {len(losses[1])} steps")
+
+    def attempt(self, what, check):
+        """A check that breaks is a check that failed; the others go on."""
+        try:
+            check()
+        except (Exception, SystemExit) as error:
+            self.verdict(what, False, f"{type(error).__name__}: {error}".splitlines()[0][:300])
+
+    def check(self, script, flags, name, only=None):
+        """All checks of one script at one set of flags, or only that of this name."""
+        loose, gates = LOOSE.get(script, 1), "--auto" in flags
+        module = importlib.import_module(script)
+        plain = self.run(script, f"{flags} --amp off", f"{name}-off")
+        bf16 = self.run(script, f"{flags} --amp bf16", f"{name}-bf16")
+
+        def same_as_cpu():
+            if gates or not self.cuda:
+                reason = "each device draws other gates" if gates else "there is no GPU"
+                return self.say(f"skip {name} fp32 on a CPU and on a GPU: {reason}")
+            self.agree(f"{name} fp32 on a CPU and on a GPU", self.run(script, f"{flags} --amp off", f"{name}-cpu", cpu=True), plain, 5e-3 * loose)
+
+        def ddp():
+            built, backend, init = [], "nccl" if self.cuda else "gloo", module.init_distributed
+
+            class Wrapped(torch.nn.parallel.DistributedDataParallel):
+                def __init__(self, *args, **kwargs):
+                    super().__init__(*args, **kwargs)
+                    built.append(dist.get_backend())
+
+            def one_of_many():
+                _, _, device = init()
+                dist.init_process_group(backend, init_method=f"file://{self.folder}/{name}-store", rank=0, world_size=1)
+                return 0, Ranks(1), device
+
+            try:
+                found = self.run(script, f"{flags} --amp off", f"{name}-ddp", mock.patch.object(module, "init_distributed", one_of_many),
+                                 mock.patch.object(module, "DistributedDataParallel", Wrapped))
+            finally:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+            assert built and set(built) == {backend}, f"main built no DDP over {backend}"
+            self.agree(f"{name} DDP over {backend} and plain", plain, found, 2e-3 * (loose if self.cuda else 1))
+
+        def precision(amp, found):
+            if gates:  # no comparison of numbers: gates at a copy of the teacher turn rounding into other choices
+                losses = [row["loss"] for row in found[0]]
+                return self.verdict(f"{name} {amp}", None not in losses and len(losses) == len(plain[0]), f"{len(losses)} finite losses")
+            self.agree(f"{name} {amp} and fp32", plain, found, .05 * max(1, loose / 3))
+
+        def bad_epoch():
+            """All steps of the second epoch see infinite pictures."""
+            normalize = data.Preprocess.normalize
+
+            def poisoned(preprocess, images):
+                images = normalize(preprocess, images)
+                return images * math.inf if 3 <= self.steps < 6 and not torch.is_inference_mode_enabled() else images
+
+            rows, _, states = self.run(script, f"{flags} --amp bf16", f"{name}-bad", mock.patch.object(data.Preprocess, "normalize", poisoned))
+            changed = [key for key, value in states[3].items() if not torch.equal(value, states[6][key])]
+            losses = [row["loss"] for row in rows]
+            good = not changed and losses[3:6] == [None] * 3 and None not in losses[:3] + losses[6:] and rows[-1]["bad_steps"] == 3
+            self.verdict(f"{name} three bad steps", good, f"{len(changed)} of {len(states[3])} tensors changed {changed[:3]}, losses "
+                         f"{[loss and round(loss, 2) for loss in losses]}")
+
+        def resume():
+            self.run(script, f"{flags} --amp bf16", f"{name}-cut", stop_after=3)
+            rest = self.run(script, f"{flags} --amp bf16", f"{name}-cut")
+            self.agree(f"{name} killed after step 3 and resumed", (bf16[0], []), (rest[0], []), 2e-2 * loose if self.cuda else 0)
+
+        def compiled():
+            found = self.run(script, f"{flags} --amp off --compile", f"{name}-compiled")
+            self.agree(f"{name} compiled and eager", plain, found, 2e-3 * (loose if self.cuda else 1))
+
+        def no_wait():
+            if not self.cuda:
+                return self.say(f"skip {name} no wait for the device: there is no GPU")
+            late = {"protoclip": "--warmup-episodes 99", "tinyclip": f"--prune-step 90 --limit {99 * self.batch}"}.get(script, "")
+            for amp in ("bf16", "fp16"):
+                strict = cost.FixedBatch(3, 24, lambda i: torch.cuda.set_sync_debug_mode("error" if i == 1 else "default" if i == 3 else None)
+                                         if i in (1, 3) else None)
+                try:
+                    self.run(script, f"{flags} {late} --amp {amp} --log-every 99 --limit {99 * self.batch}", f"{name}-wait-{amp}", loader=strict)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                self.verdict(f"{name} {amp}, no wait for the device", True, "steps 2 and 3")
+
+        def workers():
+            pinned, loader = [], data.loader
+
+            def watched(*args, **kwargs):
+                found = loader(*args, **kwargs)
+                pinned.append(found.pin_memory)
+                return found
+
+            found = self.run(script, f"{flags} --amp off --workers 2", f"{name}-workers", mock.patch.object(data, "loader", watched))
+            assert pinned and all(pinned) == self.cuda, "pages are pinned where there is a GPU"
+            self.agree(f"{name} two worker processes and none", plain, found, 2e-3 * loose if self.cuda else 0)
+
+        def evaluation():
+            model, tokenizer, preprocess = evaluator.load(str(self.folder / f"{name}-off/last.pt"), "cuda" if self.cuda else "cpu")
+            test = data.ToyDataset(512 if self.cuda else 64, None, "test")
+            with mock.patch.object(evaluator, "open_test", lambda *_, **__: test):
+                top1 = [evaluator.evaluate(model, tokenizer, preprocess, ["toy"], amp)["toy"]["top1"] for amp in (None, torch.bfloat16)]
+            self.verdict(f"{name} top-1 on toy in fp32 and bf16", abs(top1[0] - top1[1]) < .05, f"{top1[0]:.3f} {top1[1]:.3f}")
+
+        def fp16():
+            scaler = mock.patch.object(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=256.))  # 65,536 overflows at first
+            precision("fp16", self.run(script, f"{flags} --amp fp16", f"{name}-fp16", scaler))
+
+        for what, check in {"cpu": same_as_cpu, "ddp": ddp, "bf16": lambda: precision("bf16", bf16), "fp16": fp16, "bad steps": bad_epoch,
+                            "resume": resume, "compile": compiled, "wait": no_wait, "workers": workers, "eval": evaluation}.items():
+            if only in (None, what):
+                self.attempt(f"{name} {what}", check)
+
+
+def check(names, say, folder):
+    """Names of the checks that failed, for the scripts named."""
+    torch.backends.cudnn.allow_tf32 = False
+    checks = Checks(folder, say)
+    image, pictures, tokenizers, find = data.ToyDataset.image, {}, {}, data.find_tokenizer
+
+    def drawn_once(dataset, i):
+        key = dataset.split, dataset.seed, dataset.keep[i]
+        pictures[key] = pictures.get(key) or image(dataset, i)
+        return pictures[key]
+
+    def found_once(*args):
+        tokenizers[args] = tokenizers.get(args) or find(*args)
+        return tokenizers[args]
+
+    with mock.patch.object(data.ToyDataset, "image", drawn_once), mock.patch.object(data, "find_tokenizer", found_once):
+        import clip
+        vocab = data.find_tokenizer(None, "toy", None).vocab_size
+        with mock.patch.dict(clip.MODELS, {} if checks.cuda else small_models(clip)):
+            torch.save(clip.build("tiny", vocab=vocab, vision_layers=4, text_layers=4).state_dict(), Path(folder) / "teacher.pt")
+        for name in names:
+            for number, flags in enumerate(CHECKS[name][0]):
+                start = time.perf_counter()
+                label = f"{name}{number or ''}"
+                checks.attempt(label, lambda: checks.check(name, flags, label))
+                say(f"     {label} {flags}: {time.perf_counter() - start:.0f} s")
+    return checks.failed
+
+
+def speed(names, say, folder, argv=()):
+    """Speed, memory and MFU of the scripts named, eager and compiled; K-means; a profile of each script's first row."""
+    cuda = torch.cuda.is_available()
+    args = cost.parse_args(["--compile", *argv] if cuda else list(argv))
+    cost.make_inputs(folder, (args.batch_size or 512) * args.steps, "tinyclip" in names)
+    for name in names:
+        for row in CHECKS[name][1]:
+            cost.compare(row, folder, args, say)
+        say(cost.profile(cost.ROWS[CHECKS[name][1][0]][0], folder, args, args.batch_size or 128))
+        if name == "protoclip":
+            sizes = (200_000, 20_000, 20) if cuda else (2_000, 50, 3)
+            say("K-means of {:,} rows, {:,} clusters, {} rounds: {:.1f} s".format(*sizes, cost.kmeans_seconds(*sizes)))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("check", "speed"))
+    parser.add_argument("scripts", nargs="*", choices=[[], *CHECKS], metavar="script", help=f"default: {' '.join(CHECKS)}")
+    parser.add_argument("--results", default="runs/gpu.txt", help="file to which the lines are appended (default: %(default)s)")
+    args, more = parser.parse_known_args(argv)
+    Path(args.results).parent.mkdir(parents=True, exist_ok=True)
+
+    def say(line):
+        print(line, flush=True)
+        with open(args.results, "a") as file:
+            file.write(line + "\n")
+
+    say(f"{args.what}, torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.what == "speed":
+            return speed(args.scripts or CHECKS, say, Path(folder), more)
+        failed = check(args.scripts or CHECKS, say, Path(folder))
+    say("FAILED: " + "; ".join(failed) if failed else "all checks passed")
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
