@@ -709,9 +709,10 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """After an epoch whose tests are due, or at the start of a run that was killed before them."""
+        """Tests the model after an epoch whose tests are due, or at the start of a run that was killed before them."""
         nonlocal tested, best
-        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
+        due = step % steps == 0 and (step // steps % args.eval_every == 0 or step == total)
+        if not due or step == tested:
             return
         tests = args.eval.split(",") if args.eval else []
         results = {}
@@ -762,23 +763,25 @@ def main(argv=None):
                 loss = clip + ntxent + 2 * byol
                 losses = {"loss": loss, "clip": clip, "ntxent": ntxent, "byol": byol}
 
-                # the step; where the gradient, which DDP has averaged over the ranks, is not finite, nothing changes
+                # the step; if the gradient is not finite, weights and states stay as they are. DDP has averaged it, so
+                # all ranks agree.
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, total, args.warmup, args.lr, 1e-6, 1e-5)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()
-                optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW skip the step without asking the host
+                optimizer.found_inf = 1 - good.float()  # fused AdamW skips the step if it is 1, and the host never asks
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
-                    model.logit_scale.clamp_(0, math.log(100))  # not its exp: clamped, it has no gradient
+                    model.logit_scale.clamp_(0, math.log(100))  # a clamped exp would get no gradient
                 step += 1
                 momentum = lr_at(step, total, 0, args.ema_momentum, end=1.)
                 update_ema(ema, model, torch.where(good, momentum, 1.))
 
-                # only here the host waits for the device
+                # meter.row waits for the device, nothing else in the loop does; several ranks can only stop here
+                # together
                 meter.add(good, losses)
                 if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                     row, stopped = meter.row(step, stop)

@@ -763,9 +763,10 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """After an epoch whose tests are due, or at the start of a run that was killed before them."""
+        """Tests the model after an epoch whose tests are due, or at the start of a run that was killed before them."""
         nonlocal tested, best
-        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
+        due = step % steps == 0 and (step // steps % args.eval_every == 0 or step == total)
+        if not due or step == tested:
             return
         tests = args.eval.split(",") if args.eval else []
         results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
@@ -815,14 +816,15 @@ def main(argv=None):
                 loss = args.w_clip * clip + args.w_nns * nns + args.w_ssl * ssl + args.w_mlm * mlm
                 losses = {"loss": loss, "clip": clip, "nns": nns, "ssl": ssl, "mlm": mlm, "own_neighbors": own}
 
-                # the step; where the gradient, which DDP has averaged over the ranks, is not finite, nothing changes
+                # the step; if the gradient is not finite, weights and states stay as they are. DDP has averaged it, so
+                # all ranks agree.
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, total, args.warmup, args.lr, start=args.lr / 10)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()
-                optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW skip the step without asking the host
+                optimizer.found_inf = 1 - good.float()  # fused AdamW skips the step if it is 1, and the host never asks
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
@@ -830,13 +832,14 @@ def main(argv=None):
                         kept = torch.cat(running).where(good, statistics)
                         torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
                     # The released code has [3, 6]. Where s > 100, its loss is that of s = 100, but its gradient is not.
-                    model.logit_scale.clamp_(3, math.log(100))  # not its exp: clamped, it has no gradient
+                    model.logit_scale.clamp_(3, math.log(100))  # a clamped exp would get no gradient
                 if args.w_nns:
                     for view in (1, 0):  # edited, then masked captions, as in the released code
                         queue.enqueue(text_views[view], index, good)
                 step += 1
 
-                # only here the host waits for the device
+                # meter.row waits for the device, nothing else in the loop does; several ranks can only stop here
+                # together
                 meter.add(good, losses)
                 if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                     row, stopped = meter.row(step, stop)

@@ -867,7 +867,8 @@ def main(argv=None):
                 loss = clip + w_proto * proto + w_external * external
                 losses = {"loss": loss, "clip": clip, "proto": proto, "external": external}
 
-                # the step; where the gradient, which DDP has averaged over the ranks, is not finite, nothing changes
+                # the step; if the gradient is not finite, weights and states stay as they are. DDP has averaged it, so
+                # all ranks agree.
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, total, args.warmup, args.lr)
                 optimizer.zero_grad()
@@ -878,18 +879,19 @@ def main(argv=None):
                 nn.utils.clip_grads_with_norm_(model.parameters(), args.clip_grad, norm)
                 losses["grad_norm"] = norm
                 good = norm.isfinite()
-                optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW skip the step without asking the host
+                optimizer.found_inf = 1 - good.float()  # fused AdamW skips the step if it is 1, and the host never asks
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
                     if running:
                         kept = torch.cat(running).where(good, statistics)
                         torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
-                    model.logit_scale.clamp_(0, math.log(100))  # not its exp: clamped, it has no gradient
+                    model.logit_scale.clamp_(0, math.log(100))  # a clamped exp would get no gradient
                     model.logit_scale_proto.clamp_(0, math.log(100))
                 step += 1
 
-                # only here the host waits for the device
+                # meter.row waits for the device, nothing else in the loop does; several ranks can only stop here
+                # together
                 meter.add(good, losses)
                 if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                     row, stopped = meter.row(step, stop)

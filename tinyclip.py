@@ -945,9 +945,10 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """After an epoch whose tests are due, or at the start of a run that was killed before them."""
+        """Tests the model after an epoch whose tests are due, or at the start of a run that was killed before them."""
         nonlocal tested, best
-        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
+        due = step % steps == 0 and (step // steps % args.eval_every == 0 or step == total)
+        if not due or step == tested:
             return
         tests = args.eval.split(",") if args.eval else []
         student = model.dense()
@@ -1000,7 +1001,8 @@ def main(argv=None):
                 losses = {"loss": loss, "affinity": affinity, "clip": clip, "sparsity": sparsity,
                           "removed": 1 - expected / original}  # the released log ignores the gates
 
-                # the step; where the gradient, which DDP has averaged over the ranks, is not finite, nothing changes
+                # the step; if the gradient is not finite, weights and states stay as they are. DDP has averaged it, so
+                # all ranks agree.
                 for group in optimizer.param_groups[:2]:  # the gates' learning rate is constant
                     group["lr"] = lr_at(step, total, args.warmup, args.lr)
                 optimizer.zero_grad()
@@ -1009,14 +1011,14 @@ def main(argv=None):
                 norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
                 nn.utils.clip_grads_with_norm_(model.parameters(), 5., norm)  # gates and multipliers too, as released
                 good = norm.isfinite()
-                optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW skip the step without asking the host
+                optimizer.found_inf = 1 - good.float()  # fused AdamW skips the step if it is 1, and the host never asks
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
                     if running:
                         kept = torch.cat(running).where(good, statistics)
                         torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
-                    model.logit_scale.clamp_(0, math.log(100))  # not its exp: clamped, it has no gradient
+                    model.logit_scale.clamp_(0, math.log(100))  # a clamped exp would get no gradient
                     for parameter in model.gates.parameters() if gated else ():
                         parameter.copy_(parameter.clamp(-math.log(100), math.log(100)).where(good, parameter))
                 step += 1
@@ -1036,7 +1038,8 @@ def main(argv=None):
                     parallel = model if world == 1 else DistributedDataParallel(
                         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
-                # only here the host waits for the device
+                # meter.row waits for the device, nothing else in the loop does; several ranks can only stop here
+                # together
                 meter.add(good, losses)
                 if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                     row, stopped = meter.row(step, stop)
