@@ -68,7 +68,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())  # the chunks are views: this fills rows
+        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())  # fills rows: chunks are views
         return rows
 
     @staticmethod
@@ -260,7 +260,7 @@ class ModifiedResNet(nn.Module):
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
-        # # Batch norms use the statistics of their own rank, as in all released code. Because of them, W ranks with a
+        # Batch norms use the statistics of their own rank, as in all released code. Because of them, W ranks with a
         # ResNet do not equal one process exactly.
         self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(width // 2)
@@ -389,7 +389,7 @@ AUGMENT = {  # range of the share of a picture's area that a crop keeps, and the
     "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip has (.9, 1); none changes colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2's
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
-    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # a flip would hinder mapping crops
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # a flip hinders mapping
 }
 
 

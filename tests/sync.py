@@ -55,7 +55,7 @@ def main(argv):
     script, failed = (names or ["clip"])[0], False
     for other in SCRIPTS:
         changed = differences(script, other)
-        for name, line, mine, theirs in changed:
+        for name, line, mine, theirs in changed if check else ():
             print(f"{name} of {other}.py, line {line}:\n  {script}.py: {mine.strip()}\n  {other}.py: {theirs.strip()}")
         if check or not changed:
             failed |= bool(changed)
@@ -68,7 +68,7 @@ def main(argv):
             lines, (first, end) = text.split("\n"), blocks(text)[name]
             text = "\n".join(lines[:first] + code(source, name) + lines[end:])
         path.write_text(text)
-        print(f"{other}.py: {len(changed)} copied")
+        print(f"{other}.py: {', '.join(name for name, *_ in changed)}")
     return int(failed)
 
 
