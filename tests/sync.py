@@ -10,6 +10,7 @@ main, parse_args and RECIPES are each script's own. A script with uncommitted ch
 import ast
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,7 @@ SCRIPTS = ("clip", "declip", "protoclip", "aclip", "tinyclip", "frequency", "nmt
 OWN = {"main", "parse_args", "RECIPES"}
 
 
+@lru_cache(None)
 def blocks(source):
     """{name: (first line, line after the last)} of the functions, classes and tables at the top level, from 0."""
     found = {}
