@@ -769,7 +769,7 @@ def main(argv=None):
     # bf16 has fp32's range and needs no loss scaling; fp16 does, and large ViTs have diverged in it
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     if rank == 0:
-        start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
+        start_log(args, saved, dataset, model, f"{total} steps in {total // steps} episodes on {world} x {device.type}")
     saved = None  # gigabytes that nobody needs any more
 
     def save(name):
@@ -807,8 +807,9 @@ def main(argv=None):
         for number in range(step // steps, total // steps):
             batches.epoch = number
             batches.indices = sample_episode(args.seed, number, args.episode_size, len(dataset))
-            # Clusters of an untrained model mean nothing. The heads run all the same, because DDP waits for them. The
-            # authors have weights of 0 in the last two episodes too, where all learning rates are near 0 anyway.
+            # In the first episodes the weights are 0, because clusters of an untrained model mean nothing. The heads
+            # run all the same: DDP waits for their gradients. The authors also have weights of 0 in the last two
+            # episodes, where all learning rates are near 0 anyway.
             warm = number >= args.warmup_episodes
             w_proto, w_external = (args.w_proto, args.w_external) if warm else (0., 0.)
             if step % steps == 0 and (w_proto or (w_external and teacher is not None)):
