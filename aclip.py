@@ -43,7 +43,7 @@ import os
 import signal
 import time
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(rows, x.contiguous())
+        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())
         return rows
 
     @staticmethod
@@ -347,6 +347,25 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(x.flatten(1))
 
 
+@contextmanager
+def frozen_statistics(module):
+    """Inside the block, batch norms in training mode normalise as ever but leave their running statistics alone."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0., None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def update_once(module):
+    """checkpoint's context_fn for a module with batch norms: the contexts of the forward pass and of its repetition."""
+    return nullcontext(), frozen_statistics(module)
+
+
 class ModifiedResNet(nn.Module):
     """OpenAI's ResNet. It differs from torchvision's in its three stem convolutions, in average pools in place of
     strides and of the max pool, and in attention as the last pooling."""
@@ -367,13 +386,19 @@ class ModifiedResNet(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             inplanes = 4 * planes
         self.attnpool = AttentionPool2d(image_size // 32, 32 * width, embed_dim)
+        self.checkpoint_activations = False
 
     def forward(self, images):  # [B, 3, S, S] -> [B, D]
         x = self.bn1(self.conv1(images)).relu()
         x = self.bn2(self.conv2(x)).relu()
         x = self.avgpool(self.bn3(self.conv3(x)).relu())
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # a compiled graph updates statistics once by itself, and knows no other contexts
+                contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(update_once, stage)}
+                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+            else:
+                x = stage(x)
         return self.attnpool(x)
 
 
@@ -664,6 +689,7 @@ def main(argv=None):
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"])
         step, tested, best = saved["step"], saved["tested"], saved["best"]
+    augment = torch.compile(data.augment) if args.compile else data.augment
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         model.compile()
@@ -694,7 +720,7 @@ def main(argv=None):
             results |= {test + name: result for test, result in found.items()}
         if rank == 0:
             masks_picture(Path(args.out, "masks.png"), ema, preprocess, dataset)
-            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
         scores = [result[result["metric"]] for result in results.values()]
@@ -716,7 +742,7 @@ def main(argv=None):
                     batch[name].transpose(0, 1).flatten(0, 1) if name in batch else None
                     for name in ("images", "colors", "keep"))
                 if colors is not None:
-                    images = data.augment(images, colors)
+                    images = augment(images, colors)
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     with torch.no_grad():  # what the EMA tower says about the wide crop
                         if args.mask == "attentive" or args.ssl:

@@ -44,7 +44,7 @@ import os
 import signal
 import time
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(rows, x.contiguous())
+        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())
         return rows
 
     @staticmethod
@@ -414,6 +414,25 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(x.flatten(1))
 
 
+@contextmanager
+def frozen_statistics(module):
+    """Inside the block, batch norms in training mode normalise as ever but leave their running statistics alone."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0., None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def update_once(module):
+    """checkpoint's context_fn for a module with batch norms: the contexts of the forward pass and of its repetition."""
+    return nullcontext(), frozen_statistics(module)
+
+
 class ModifiedResNet(nn.Module):
     """OpenAI's ResNet. It differs from torchvision's in its three stem convolutions, in average pools in place of
     strides and of the max pool, and in attention as the last pooling."""
@@ -434,13 +453,19 @@ class ModifiedResNet(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             inplanes = 4 * planes
         self.attnpool = AttentionPool2d(image_size // 32, 32 * width, embed_dim)
+        self.checkpoint_activations = False
 
     def forward(self, images):  # [B, 3, S, S] -> [B, D]
         x = self.bn1(self.conv1(images)).relu()
         x = self.bn2(self.conv2(x)).relu()
         x = self.avgpool(self.bn3(self.conv3(x)).relu())
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # a compiled graph updates statistics once by itself, and knows no other contexts
+                contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(update_once, stage)}
+                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+            else:
+                x = stage(x)
         return self.attnpool(x)
 
 
@@ -716,6 +741,8 @@ def main(argv=None):
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"])
         step, tested, best = saved["step"], saved["tested"], saved["best"]
+    running = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # statistics of batch norms
+    augment = torch.compile(data.augment) if args.compile else data.augment
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         model.compile()
@@ -744,7 +771,7 @@ def main(argv=None):
         results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
         if rank == 0:
             neighbor_picture(Path(args.out, "neighbors.png"), model, tokenizer, dataset, queue)
-            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
         scores = [result[result["metric"]] for result in results.values()]
@@ -767,8 +794,8 @@ def main(argv=None):
                                           for name in ("places", "targets", "index"))
                 if "colors" in batch:
                     colors = batch["colors"].to(device, non_blocking=True).transpose(0, 1)
-                    images = data.augment(images.flatten(0, 1), colors.flatten(0, 1)).unflatten(0, (2, -1))
-                statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
+                    images = augment(images.flatten(0, 1), colors.flatten(0, 1)).unflatten(0, (2, -1))
+                statistics = torch.cat(running) if running else None
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     image_views, text_views, logit_scale, siamese, logits = parallel(
                         preprocess.normalize(images), tokens, eot, places)
@@ -799,8 +826,9 @@ def main(argv=None):
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
-                    for buffer, before in zip(model.buffers(), statistics):
-                        buffer.copy_(buffer.where(good, before))
+                    if running:
+                        kept = torch.cat(running).where(good, statistics)
+                        torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
                     # The released code has [3, 6]. Where s > 100, its loss is that of s = 100, but its gradient is not.
                     model.logit_scale.clamp_(3, math.log(100))  # not its exp: clamped, it has no gradient
                 if args.w_nns:

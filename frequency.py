@@ -1,32 +1,31 @@
 """Concept frequency: how often do training captions name a test concept, and how does accuracy grow with that?
 
 "No 'Zero-Shot' Without Exponential Data" trains nothing. It counts how many training pairs mention each class name of a
-test, and compares this with the accuracy that a trained model has on that class. Accuracy grows with the logarithm of
-the count, so that each further step costs ten times as many pairs. This script prints the comparison with one column a
-checkpoint. Its question is: do data-efficient methods have a flatter slope, and are they better on rare concepts?
+test, and compares this count with the accuracy of a trained model on that class. Accuracy grows with the logarithm of
+the count, so that each further step takes ten times as many pairs. This script prints the comparison for any number of
+checkpoints, one column each. Its question is: do data-efficient methods have a flatter slope, and are they better on
+rare concepts?
 
-For concepts with n mentions and the accuracy a (in per cent) it prints the mean of a by decade of n, and fits
+For concepts with n mentions and accuracy a, in per cent, it prints the mean of a by decade of n, and fits
 
     a = slope * log10(n) + constant
 
-twice: over the concepts with n > 0, and over the means of bins, as the paper does. Averaging removes the scatter within
-a bin, so the correlation r of bins is much higher: .96 against .40 for RN50 on CC3M, where the slopes are 9.3 and 10.5
+twice: to the concepts with n > 0, and to the means of bins, as the paper does. Averaging removes the scatter within a
+bin, so bins have a much higher correlation r: .96 against .40 for RN50 on CC3M, where the slopes are 9.3 and 10.5
 points a decade. Both are always printed, with the number of points and p.
 
 A caption mentions a concept if it holds all words of the name, in any order. The paper also asks a tagger what the
-picture shows, and counts a pair only if caption and picture agree ("integrated"). --tags reads such tags; a scene of the
-toy is its own tag. Counts of text only keep the sign and the shape. On ImageNet their slopes, by bin, are .4 to .8 of
-those of integrated counts.
+picture shows, and counts a pair only if caption and picture agree ("integrated"). --tags reads such tags; a scene of
+the toy is its own tag. Without tags, slopes keep their sign and get smaller: on ImageNet .4 to .8 times, by bin.
 
 How to run.
     python clip.py --data toy-zipf && python frequency.py runs/clip-toy-zipf/last.pt --eval toy-seen
     python frequency.py runs/clip-cc3m/last.pt runs/declip-cc3m/last.pt --eval imagenet/val,wag --csv cc3m.csv
-    python tests/curves.py cc3m.csv val > picture.svg        accuracy against count, one curve a checkpoint
+    python tests/curves.py cc3m.csv imagenet/val > picture.svg       accuracy against count, one curve a checkpoint
+"Let it Wag!", the authors' test of 290 rare concepts, is a folder with a sub-folder a class (here: wag).
 
-"Let it Wag!", the authors' test of 290 rare concepts, is a folder with a sub-folder a class, as --eval takes it (wag above).
-
-Sources: Udandarao et al. 2024 (arXiv 2404.04125); github.com/bethgelab/frequency_determines_performance, from whose files
-the numbers above were recomputed.
+Sources: Udandarao et al. 2024 (arXiv 2404.04125); github.com/bethgelab/frequency_determines_performance, whose
+published counts and accuracies gave the numbers above.
 """
 import argparse
 import csv
@@ -49,31 +48,31 @@ import eval as evaluator
 # counts
 
 def words(text):
-    """Lower-case words of a caption or a name, runs of a-z and digits: "Boeing_737-200" -> ["boeing", "737", "200"].
+    """Words of a caption or a name, lower-case runs of a-z and digits: "Boeing_737-200" -> ["boeing", "737", "200"].
 
-    The released index of captions keeps upper case and drops digits, but is asked for lower-case words with digits. So it
-    has one "Austria" in 12 M captions, and never a "737". Here captions and names go through the same function. The
-    paper's code lemmatises too, which changes r little and mostly for the worse."""
+    The released index of captions keeps upper case and drops digits, but is asked for lower-case words with digits. So
+    it finds "Austria" once in 12 M captions, and "737" never. Here captions and names go through the same function. The
+    paper's code also lemmatises, which changes r little, and mostly for the worse."""
     return re.findall("[a-z0-9]+", text.lower())
 
 
 def mentions(captions, names):
-    """For each caption (iterable of str) the set of the places in `names` (list of str) that it mentions.
+    """For each caption (iterable of str) the set of the places in `names` (list of str) of the names that it mentions.
 
-    All words of a name must be there: the released code skips words that its index lacks, so that its "polar bear" counts
-    every bear. Of "crane, bird", "cat|kitten" and "Myanmar (Burma)" one part is enough. A name without words is in none."""
+    All words of a name must be there. The released code skips words that its index lacks, so its "polar bear" counts
+    every bear. Of "crane, bird", "cat|kitten" or "Myanmar (Burma)" one part is enough."""
     index = {}  # {word: [(place, the other words of the name)]}
     for place, name in enumerate(names):
-        for part in filter(None, map(words, re.split(r"[,/()|]", name))):
-            rarest = max(part, key=len)  # mostly; then few captions ask for the other words
-            index.setdefault(rarest, []).append((place, {*part} - {rarest}))
+        for part in filter(None, map(words, re.split(r"[,/()|]", name))):  # a name without words is in no caption
+            longest = max(part, key=len)  # long words are rare, so that few captions ask for the other words
+            index.setdefault(longest, []).append((place, {*part} - {longest}))
     for caption in captions:
         found = set(words(caption))
         yield {place for word in found if word in index for place, others in index[word] if others <= found}
 
 
 def count(captions, names):
-    """Number of captions (iterable of str) that mention each of the C names -> int64 [C]."""
+    """Number of captions (iterable of str) that mention each of C names -> int64 [C]."""
     counts = [0] * len(names)
     for mentioned in mentions(captions, names):
         for place in mentioned:
@@ -82,11 +81,11 @@ def count(captions, names):
 
 
 def integrated(captions, pictures, names):
-    """Captions (iterable of str) and pictures (iterable of sets of places in `names`, what each shows) -> int64 [C], in how
-    many pairs both have the concept; the numbers of pairs where each has some concept, and of those that share none.
+    """Captions (iterable of str) and pictures (for each a set of places in `names`, what it shows) -> int64 [C], in how
+    many pairs both have the concept; the number of pairs where both have some concept; of these, those that share none.
 
-    The last are the misaligned pairs. The released code divides them by the size of the data, and for CC3M, CC12M and
-    YFCC15M looks names of several words up among single words, so its shares (16.8, 17.3, 36.5 %) do not compare."""
+    The last are misaligned. The released code divides them by the size of the data, and for CC3M, CC12M and YFCC15M it
+    looks names of several words up among single words, so its 16.8, 17.3 and 36.5 % do not compare with ours."""
     counts, both, misaligned = [0] * len(names), 0, 0
     for said, shown in zip(mentions(captions, names), pictures):
         both += bool(said and shown)
@@ -99,9 +98,10 @@ def integrated(captions, pictures, names):
 # trend
 
 def binned(count, acc, bins=12):
-    """The paper's bins, of equal width in ln(max(count, 1)): count [C], acc [C] -> x [bins], their upper edges in natural
-    logarithm; mean [bins] of acc, NaN in an empty bin; n [bins], concepts. Bin 0 holds only the smallest count, and 0 and 1
-    are the same. The released code keeps no place for an empty bin, which shifts the others or raises."""
+    """The paper's bins, of equal width in ln(max(count, 1)). count [C], acc [C] -> x [bins], upper edges in natural
+    logarithm; mean [bins] of acc; n [bins], concepts. Bin 0 holds only the smallest count; 0 and 1 are the same.
+
+    The mean of an empty bin is NaN. The released code has no place for it, which shifts the other bins or raises."""
     log_count, acc = np.log(np.maximum(np.asarray(count), 1)), np.asarray(acc, np.float64)
     x = np.linspace(log_count.min(), log_count.max(), bins)
     place = np.digitize(log_count, x, right=True)  # x[place - 1] < log_count <= x[place]
@@ -110,28 +110,29 @@ def binned(count, acc, bins=12):
 
 
 def pearson(x, y):
-    """Correlation r of x [n] and y [n], and its two-tailed p value; NaN for both if n < 2 or x or y is constant.
+    """Correlation r of x [n] and y [n], and its two-tailed p value; NaN for both if n < 2 or if x or y is constant.
 
-    Of independent normal variables r has the density (1 - r^2)^((n-4)/2). With r = sin(t) this is cos(t)^(n-3) dt, without
-    the poles of n = 3. p is the share above |r|, by 100 Gauss nodes up to where the integrand has fallen by e^-40."""
+    Of independent normal variables r has the density (1 - r^2)^((n-4)/2). r = sin(t) turns this into cos(t)^(n-3) dt,
+    which has no pole at n = 3. p is the share above |r|: 100 Gauss nodes up to where the integrand falls by e^-40."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     n = len(x)
     if n < 2 or (x == x[0]).all() or (y == y[0]).all():
         return math.nan, math.nan
     x, y = x - x.mean(), y - y.mean()
     r = float(np.clip(x / np.linalg.norm(x) @ (y / np.linalg.norm(y)), -1, 1))
-    if n == 2 or abs(r) == 1:
-        return r, float(n == 2)  # two points always lie on a line
+    if n == 2:
+        return r, 1.  # two points always lie on a line
     power, low = n - 3, math.asin(abs(r))
     width = min(math.pi / 2 - low, 40 / max(power * math.tan(low), 1e-9), math.sqrt(80 / max(power, 1e-9)))
     nodes, weights = np.polynomial.legendre.leggauss(100)
     tail = weights @ np.cos(low + width * (nodes + 1) / 2) ** power * width / 2
-    half = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(power / 2 + .5) - math.lgamma(power / 2 + 1))  # from 0 to pi/2
+    half = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(power / 2 + .5) - math.lgamma(power / 2 + 1))  # 0 to pi/2
     return r, min(1., float(tail / half))
 
 
 def trend(x, y):
-    """Least-squares slope of y per tenfold count; r; p; number of points. x: natural logarithms of counts; NaN in y: no point."""
+    """Slope of y per tenfold count by least squares, r, p, number of points. x: natural logarithms of counts; a NaN in
+    y is no point."""
     x, y = x[~np.isnan(y)], y[~np.isnan(y)]
     slope = np.polyfit(x, y, 1)[0] * math.log(10) if len({*x}) > 1 else math.nan
     return slope, *pearson(x, y), len(x)
@@ -139,16 +140,17 @@ def trend(x, y):
 
 # report
 
-PUBLISHED = """Published (ImageNet / Let it Wag!, OpenAI's 80 prompts): RN50 on CC3M 20.1 / 3.7, on CC12M 33.1 / 8.9, on YFCC15M
-31.9 / 13.2; ViT-B-16 17.1 / 3.0, 37.4 / 11.5, 37.9 / 19.3. Over 40 models a point of ImageNet brings .6 points of Let it
-Wag! below 50 % and 1.6 above."""
-COUNTS = {"count": "captions that mention the concept (text only)", "integrated": "pairs whose caption and picture agree on it"}
-Row = namedtuple("Row", "checkpoint test concept count integrated accuracy")  # integrated: None without tags; accuracy: in %
+PUBLISHED = """Published, ImageNet / Let it Wag!, OpenAI's 80 prompts:
+RN50      CC3M 20.1 / 3.7   CC12M 33.1 / 8.9    YFCC15M 31.9 / 13.2
+ViT-B-16  CC3M 17.1 / 3.0   CC12M 37.4 / 11.5   YFCC15M 37.9 / 19.3"""
+COUNTS = {"count": "captions that mention the concept (text only)",
+          "integrated": "pairs whose caption and picture agree on the concept"}
+Row = namedtuple("Row", "checkpoint test concept count integrated accuracy")  # integrated may be None; accuracy: %
 
 
 def table(rows, kind):
-    """Lines of a table of Rows, one column a checkpoint; kind: which of COUNTS."""
-    columns = {}  # {checkpoint: (counts [C], accuracies [C])}
+    """Lines of a table of Rows, one column a checkpoint. kind: which of COUNTS."""
+    columns = {}  # {checkpoint: array [2, C] of counts and accuracies}
     for name in dict.fromkeys(row.checkpoint for row in rows):
         columns[name] = np.array([(getattr(row, kind), row.accuracy) for row in rows if row.checkpoint == name]).T
     lines = [["", *columns], ["all"] + [f"{acc.mean():.1f} ({len(acc)})" for _, acc in columns.values()]]
@@ -156,11 +158,12 @@ def table(rows, kind):
     low, high = 0, 0
     while low <= max(n.max() for n, _ in columns.values()):
         groups = [acc[(low <= n) & (n <= high)] for n, acc in columns.values()]
-        lines.append([f"{low:,}-{high:,}" if high else "0"] + [f"{g.mean():.1f} ({len(g)})" if len(g) else "-" for g in groups])
+        cells = [f"{group.mean():.1f} ({len(group)})" if len(group) else "-" for group in groups]
+        lines.append([f"{low:,}-{high:,}" if high else "0", *cells])
         low, high = high + 1, 10 * high + 9
     by_concept = [trend(np.log(n[n > 0]), acc[n > 0]) for n, acc in columns.values()]
-    # The paper drops the first and the last bin, too. Its p takes the ten means that are left for ten samples, although each
-    # is of many concepts, so the trend looks surer than it is. The r and p of the concepts do not have this fault.
+    # The paper drops the first and the last bin, too. Its p takes the ten means that are left for ten samples, although
+    # each is of many concepts, so the trend looks surer than it is. r and p of the concepts do not have this fault.
     by_bin = [trend(x[1:-1], mean[1:-1]) for x, mean, _ in (binned(n, acc) for n, acc in columns.values())]
     for way, fits in (("concept", by_concept), ("bin", by_bin)):
         lines.append([f"slope by {way}"] + [f"{slope:+.1f}" for slope, *_ in fits])
@@ -175,8 +178,8 @@ def table(rows, kind):
 
 def main(argv=None):
     args = parse_args(argv)
-    runs = [find_run(path, args) for path in args.checkpoints]
-    names = {test: evaluator.open_test(test, root=run["data_root"]).classnames for run in runs for test in run["tests"]}
+    runs = [read_run(path, args) for path in args.checkpoints]
+    names = {test: evaluator.open_test(test, root=run["root"]).classnames for run in runs for test in run["tests"]}
     for test in names:
         if not names[test]:
             raise SystemExit(f"{test} has no class names: name tests that have some by --eval")
@@ -186,10 +189,10 @@ def main(argv=None):
             print(f"{name!r} holds no letter from a to z and no digit, so no caption can mention it")
 
     rows = []
-    for run, results in zip(runs, args.json or [None] * len(runs)):
+    for run in runs:
         found = counts_of(run, concepts, args)
         print(f"{run['name']}: {found['about']}")
-        for test, accuracies in accuracies_of(run, names, results, args.workers).items():
+        for test, accuracies in accuracies_of(run, names, args).items():
             rows += [Row(run["name"], test, name, found["count"][name], found["integrated"].get(name), 100 * accuracy)
                      for name, accuracy in zip(names[test], accuracies) if accuracy is not None]  # None: no picture
     for test in [*names, "all tests"] if len(names) > 1 else names:  # a name in two tests counts twice, as in the paper
@@ -198,7 +201,7 @@ def main(argv=None):
             chosen = [row for row in rows if test in (row.test, "all tests") and getattr(row, kind) is not None]
             print(*table(chosen, kind) if chosen else (), sep="\n")
     if 290 in map(len, names.values()):
-        print("\nOne test has 290 names, as Let it Wag! has.", PUBLISHED)
+        print("\nOne of the tests has 290 names, as Let it Wag! has.", PUBLISHED)
     if args.csv:
         with open(args.csv, "w", newline="") as file:
             csv.writer(file).writerows([Row._fields, *rows])
@@ -209,60 +212,54 @@ def main(argv=None):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="last.pt or best.pt of runs, whose flags say data and tests")
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="last.pt or best.pt of runs; they name data and tests")
     add("--data", help="count in these captions (default: those that each checkpoint was trained on)")
     add("--data-root", metavar="DIR", help="folder of the named sets (default: the checkpoint's)")
     add("--subset", metavar="FILE", help="count only these pairs, as the training scripts' --subset")
     add("--eval", metavar="TESTS", help="comma list of tests with class names (default: the checkpoint's)")
-    add("--json", nargs="+", metavar="FILE", help="accuracies that eval.py --json wrote, a file a checkpoint in their order")
+    add("--json", nargs="+", metavar="FILE", help="accuracies that eval.py --json wrote: one file, or one a checkpoint")
     add("--counts", metavar="FILE", help="JSON {concept: count}: used if the file is there, else written")
     add("--tags", metavar="FILE", help="what pictures show: lines of a key, a tab and a concept; several lines a key")
     add("--csv", metavar="FILE", help="write counts and accuracies of all concepts, for tests/curves.py")
     add("--workers", type=int, default=0, help="processes that read test pictures")
     args = parser.parse_args(argv)
-    if len(args.json or args.checkpoints) != len({*args.checkpoints}):
-        raise SystemExit("give each checkpoint once, and as many files to --json, if any")
+    if len({*args.checkpoints}) < len(args.checkpoints) or len(args.json or "1") not in (1, len(args.checkpoints)):
+        raise SystemExit("give each checkpoint once, and to --json one file or as many as there are checkpoints")
     if args.counts and not args.data and len(args.checkpoints) > 1 and not os.path.isfile(args.counts):
-        raise SystemExit(f"there is no --counts {args.counts}, and to write one file for several checkpoints takes --data")
+        raise SystemExit(f"there is no --counts {args.counts}; to write one for several checkpoints, give --data too")
     for flag, path in (("--counts", args.counts), ("--csv", args.csv)):
         if path and (os.path.isdir(path) or not Path(path).resolve().parent.is_dir()):
-            raise SystemExit(f"{flag} {path} cannot be written: it is a folder, or in none")
+            raise SystemExit(f"{flag} {path} cannot be written: it is a folder, or its folder does not exist")
     return args
 
 
-def find_run(checkpoint, args):
-    """Dict of a checkpoint's path and name, of its data, limit, subset and data_root, and of its tests."""
-    if not os.path.isfile(checkpoint):
-        raise SystemExit(f"there is no checkpoint {checkpoint}")
-    try:
-        flags = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["flags"]
-    except Exception:  # weights from elsewhere have no flags; for a file that holds none at all eval.load has a sentence
-        flags = {}
+def read_run(path, args):
+    """Dict of a checkpoint's path and name; its data, limit, subset and root (--data-root); its tests."""
+    flags = evaluator.read_checkpoint(path).get("flags", {})  # weights from elsewhere have none
     tests = args.eval or flags.get("eval")
     if not tests:
-        raise SystemExit(f"{checkpoint} was trained without tests: name some by --eval")
+        raise SystemExit(f"{path} was trained without tests: name some by --eval")
     own = {} if args.data else flags
-    return {"path": checkpoint, "name": checkpoint.removesuffix("/last.pt"), "tests": tests.split(","),
-            "data": args.data or own.get("data"), "limit": own.get("limit"), "subset": args.subset or own.get("subset"),
-            "data_root": args.data_root or flags.get("data_root")}
+    return {"path": path, "name": path.removesuffix("/last.pt"), "data": args.data or own.get("data"),
+            "limit": own.get("limit"), "subset": args.subset or own.get("subset"),
+            "root": args.data_root or flags.get("data_root"), "tests": tests.split(",")}
 
 
 def counts_of(run, concepts, args):
-    """Dict of count and integrated, each {concept: number} (integrated is empty without tags), and a sentence about them.
-    Kept in the cache, under what the data, concepts and tags are."""
+    """Dict of count and integrated, each {concept: number}, the second empty without tags; about: a sentence. They are
+    kept in the cache under what the data, the concepts and the tags are."""
     if args.counts and os.path.isfile(args.counts):
         try:
             counts = json.loads(Path(args.counts).read_text())
-            return {"count": {name: int(counts[name]) for name in concepts}, "integrated": {}, "about": f"see {args.counts}"}
+            counts = {name: int(counts[name]) for name in concepts}
         except Exception as error:
             raise SystemExit(f"--counts {args.counts} has no number for each concept ({error!r})") from None
+        return {"count": counts, "integrated": {}, "about": f"counts from {args.counts}"}
     if not run["data"]:
         raise SystemExit(f"{run['path']} does not say what it was trained on: give --data or --counts")
-    dataset = data.open_dataset(run["data"], None, run["limit"], run["subset"], run["data_root"])
-    tags = []  # lines of a key, a tab and a concept
-    if args.tags:
-        tags = data.read_lines(args.tags, "--tags")
-    elif hasattr(dataset, "tags"):  # a drawn scene says itself what it shows
+    dataset = data.open_dataset(run["data"], None, run["limit"], run["subset"], run["root"])
+    tags = data.read_lines(args.tags, "--tags") if args.tags else []
+    if not tags and hasattr(dataset, "tags"):  # a drawn scene says itself what it shows
         tags = [f"{dataset.key(i)}\t{kind}" for i in range(len(dataset)) for kind in dataset.tags(i)[0]]
     state = json.dumps([data.fingerprint(dataset), concepts, tags]).encode()
     path = data.cache(f"counts-{hashlib.sha256(state).hexdigest()[:24]}.json")
@@ -279,42 +276,46 @@ def counts_of(run, concepts, args):
 def count_pairs(dataset, concepts, tags):
     """What counts_of returns. tags: lines of a key of the data, a tab and a concept that its picture shows."""
     def captions():
-        return (text for i in tqdm(range(len(dataset)), "captions", leave=False, disable=None) for text in dataset.captions(i))
+        places = tqdm(range(len(dataset)), "captions", leave=False, disable=None)
+        return (text for i in places for text in dataset.captions(i))
 
     found = {"count": dict(zip(concepts, count(captions(), concepts).tolist())), "integrated": {}}
     found["about"] = f"{len(dataset):,} pairs"
     if tags:
-        shown = {}  # {key: places in concepts}
         keys, kinds = zip(*(line.partition("\t")[::2] for line in tags))
+        shown = {}  # {key: places in concepts}
         for key, places in zip(keys, mentions(kinds, concepts)):
             shown.setdefault(key, set()).update(places)
         pictures = (shown.get(dataset.key(i), set()) for i in range(len(dataset)) for _ in dataset.captions(i))
-        agreed, both, misaligned = integrated(captions(), pictures, concepts)
-        found["integrated"] = dict(zip(concepts, agreed.tolist()))
-        found["about"] += f"; of {both:,} with a concept in caption and picture, {misaligned:,} share none"
-        found["about"] += f" ({100 * misaligned / both:.1f} % misaligned)" if both else ""
+        counts, both, misaligned = integrated(captions(), pictures, concepts)
+        found["integrated"] = dict(zip(concepts, counts.tolist()))
+        found["about"] += (f"; in {both:,} caption and picture have a concept, and in {misaligned:,} of these none in "
+                           f"common ({100 * misaligned / max(1, both):.1f} % misaligned)")
     return found
 
 
-def accuracies_of(run, names, file, workers):
-    """{test: accuracy of each class, a fraction, None if it has no picture}, computed or from a file that eval.py wrote."""
-    if file:
+def accuracies_of(run, names, args):
+    """{test: accuracy of each class, a fraction, None for a class without pictures}, computed or read from --json."""
+    if args.json:
+        several = len(args.json) == len(args.checkpoints)
+        file = args.json[args.checkpoints.index(run["path"]) if several else 0]
         try:
             results = json.loads(Path(file).read_text())
-            # eval.py calls a test by the last part of its path that says something
-            keys = {test: [part for part in (*Path(test).parts, test) if part in results][-1] for test in run["tests"]}
-            found = {test: results[key]["per_class"] for test, key in keys.items()}
+            # eval.py writes {test: results} of one checkpoint, or {checkpoint: {test: results}} of several
+            results = results.get(run["path"], results) if several else results[run["path"]]
+            found = {test: results[evaluator.short_name(test)]["per_class"] for test in run["tests"]}
         except Exception as error:
-            raise SystemExit(f"--json {file} is not what eval.py --json writes about {', '.join(run['tests'])} ({error!r})") from None
+            raise SystemExit(f"--json {file} has no results by eval.py of {run['path']} on {', '.join(run['tests'])} "
+                             f"({error!r})") from None
     else:
         cuda = torch.cuda.is_available()
         amp = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else None
         model = evaluator.load(run["path"], "cuda" if cuda else "cpu")
-        results = evaluator.evaluate(*model, run["tests"], amp, workers, root=run["data_root"])
+        results = evaluator.evaluate(*model, run["tests"], amp, args.workers, root=run["root"])
         found = {test: result["per_class"] for test, result in zip(run["tests"], results.values())}
     for test, accuracies in found.items():
         if len(accuracies) != len(names[test]):
-            raise SystemExit(f"{file}: {len(accuracies)} classes in {test}, which has {len(names[test])} names: another set of names?")
+            raise SystemExit(f"{test} has {len(names[test])} names, but results of {len(accuracies)} in {args.json}")
     return found
 
 

@@ -42,7 +42,7 @@ import os
 import signal
 import time
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +66,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(rows, x.contiguous())
+        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())
         return rows
 
     @staticmethod
@@ -432,6 +432,25 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(x.flatten(1))
 
 
+@contextmanager
+def frozen_statistics(module):
+    """Inside the block, batch norms in training mode normalise as ever but leave their running statistics alone."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0., None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def update_once(module):
+    """checkpoint's context_fn for a module with batch norms: the contexts of the forward pass and of its repetition."""
+    return nullcontext(), frozen_statistics(module)
+
+
 class ModifiedResNet(nn.Module):
     """OpenAI's ResNet. It differs from torchvision's in its three stem convolutions, in average pools in place of
     strides and of the max pool, and in attention as the last pooling."""
@@ -452,13 +471,19 @@ class ModifiedResNet(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             inplanes = 4 * planes
         self.attnpool = AttentionPool2d(image_size // 32, 32 * width, embed_dim)
+        self.checkpoint_activations = False
 
     def forward(self, images):  # [B, 3, S, S] -> [B, D]
         x = self.bn1(self.conv1(images)).relu()
         x = self.bn2(self.conv2(x)).relu()
         x = self.avgpool(self.bn3(self.conv3(x)).relu())
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # a compiled graph updates statistics once by itself, and knows no other contexts
+                contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(update_once, stage)}
+                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+            else:
+                x = stage(x)
         return self.attnpool(x)
 
 
@@ -856,8 +881,8 @@ def main(argv=None):
     if saved or args.auto:
         model = build(state, TinyCLIP, quick_gelu=quick_gelu)
     else:
-        model = build(args.model, TinyCLIP, image_size=preprocess.size, vocab=tokenizer.vocab_size,
-                      context=tokenizer.context, quick_gelu=quick_gelu, **student_sizes(args, teacher))
+        sizes = dict(image_size=preprocess.size, vocab=tokenizer.vocab_size, context=tokenizer.context)
+        model = build(args.model, TinyCLIP, **student_sizes(args, teacher) | sizes, quick_gelu=quick_gelu)
         if args.init != "none":
             try:
                 model.load_state_dict(inherit(state, model.state_dict()))
@@ -888,6 +913,8 @@ def main(argv=None):
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"])
         step, tested, best = saved["step"], saved["tested"], saved["best"]
+    running = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # statistics of batch norms
+    augment = torch.compile(data.augment) if args.compile else data.augment
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         if not gated:  # what functional_call runs is not compiled
@@ -928,7 +955,7 @@ def main(argv=None):
         if rank == 0:
             shown = evaluator.open_test(tests[0], root=args.data_root) if tests else dataset
             picture(Path(args.out, "captions.png"), student, tokenizer, preprocess, shown)
-            tqdm.write(f"step {step} of {total}: {evaluator.summary(results)}")
+            tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
         scores = [result[result["metric"]] for result in results.values()]
@@ -947,9 +974,9 @@ def main(argv=None):
             for batch in meter.watch(loader):
                 images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
                 if "colors" in batch:
-                    images = data.augment(images, batch["colors"].to(device, non_blocking=True))
+                    images = augment(images, batch["colors"].to(device, non_blocking=True))
                 images = preprocess.normalize(images)
-                statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
+                statistics = torch.cat(running) if running else None
                 seed = (args.seed * 1_000_003 + step) % 2 ** 63 if gated else None
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     image_features, text_features, logit_scale = parallel(images, tokens, seed)
@@ -986,8 +1013,9 @@ def main(argv=None):
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
-                    for buffer, before in zip(model.buffers(), statistics):
-                        buffer.copy_(buffer.where(good, before))
+                    if running:
+                        kept = torch.cat(running).where(good, statistics)
+                        torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
                     model.logit_scale.clamp_(0, math.log(100))  # not its exp: clamped, it has no gradient
                     for parameter in model.gates.parameters() if gated else ():
                         parameter.copy_(parameter.clamp(-math.log(100), math.log(100)).where(good, parameter))

@@ -84,15 +84,15 @@ def run(script, flags, out, loader=None, *patches):
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             torch._dynamo.reset()
-            gc.collect()
             if torch.cuda.is_available():
+                gc.collect()
                 torch.cuda.empty_cache()
     return [json.loads(line) for line in open(Path(out) / "log.jsonl")]
 
 
-def make_inputs(folder, pairs):
-    """Writes into a folder: merges for the vocabulary of CLIP's size, whose first 17,576 words of three letters are one token
-    each; eight pictures; a table of that many pairs on them; a teacher of random weights."""
+def make_inputs(folder, pairs, teacher=True):
+    """Writes into a folder: merges for a vocabulary of CLIP's size, in which each word of three letters is one token; eight
+    pictures; a table of that many pairs on them; a teacher of random weights."""
     letters, rng = string.ascii_lowercase, random.Random(0)
     merges = [f"{a} {b}" for a, b in itertools.product(letters, letters)]
     words = ["".join(word) for word in itertools.product(letters, repeat=3)]
@@ -104,25 +104,27 @@ def make_inputs(folder, pairs):
     with open(folder / "pairs.jsonl", "w") as file:
         for i in range(pairs):
             file.write(json.dumps({"filename": f"{i % 8}.jpg", "caption": " ".join(rng.choices(words, k=20))}) + "\n")
-    import clip
-    torch.save(clip.build("ViT-B-16").state_dict(), folder / "teacher.pt")
+    if teacher:
+        import clip
+        torch.save(clip.build("ViT-B-16").state_dict(), folder / "teacher.pt")
 
 
-def command_line(command, folder, args, batch_size):
-    """Script and flags for a run over args.steps batches of the inputs in a folder."""
+def train(command, folder, args, batch_size, loader, *patches, more=""):
+    """Rows of the log of a run over args.steps batches of the inputs in a folder, which saves no checkpoints."""
     script, *flags = command.format(folder=folder).split()
-    paths = ["--data", str(folder / "pairs.jsonl"), "--bpe", str(folder / "merges.txt")]
-    return script, flags + paths + (f"--recipe cc3m --epochs 1 --warmup 1 --lr 1e-5 --eval= --workers 0 --restart --amp {args.amp} "
-                                    f"--batch-size {batch_size} --limit {args.steps * batch_size}").split()
+    flags += ["--data", str(folder / "pairs.jsonl"), "--bpe", str(folder / "merges.txt"), *more.split()]
+    flags += (f"--recipe cc3m --epochs 1 --warmup 1 --lr 1e-5 --eval= --workers 0 --restart --amp {args.amp} "
+              f"--batch-size {batch_size} --limit {args.steps * batch_size}").split()
+    no_saving = mock.patch.object(importlib.import_module(script), "save_checkpoint", lambda path, **state: None)
+    return run(script, flags, folder / "out", loader, no_saving, *patches)
 
 
 def measure(command, folder, args, batch_size, compiled=False):
     """Seconds a step, with a step's share of ProtoCLIP's clustering, and peak memory in GiB (None on a CPU)."""
-    script, flags = command_line(command, folder, args, batch_size)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    flags += ["--log-every", str(max(1, args.steps // 5)), *(["--compile"] if compiled else [])]
-    rows = run(script, flags, folder / "out", FixedBatch(args.steps))
+    more = f"--log-every {max(1, args.steps // 5)}" + (" --compile" if compiled else "")
+    rows = train(command, folder, args, batch_size, FixedBatch(args.steps), more=more)
     steps = [row for row in rows if "loss" in row]
     seconds = median(batch_size / row["pairs_per_second"] for row in steps[1:])  # the first interval holds the start
     seconds += sum(row["extract_seconds"] + row["cluster_seconds"] for row in rows if "extract_seconds" in row) / args.steps
@@ -131,16 +133,14 @@ def measure(command, folder, args, batch_size, compiled=False):
 
 def gigaflops(command, folder, args, batch_size, tokens):
     """GFLOP a pair of one training step, captions padded to that many tokens; augmentation is left out."""
-    script, flags = command_line(command, folder, args, batch_size)
     counter = FlopCounterMode(display=False)
     loader = FixedBatch(1, tokens, lambda i: counter.__exit__(None, None, None) if i else counter.__enter__())
-    run(script, flags, folder / "out", loader, mock.patch.object(data, "augment", lambda images, colors: images / 255))
+    train(command, folder, args, batch_size, loader, mock.patch.object(data, "augment", lambda images, colors: images / 255))
     return counter.get_total_flops() / batch_size / 1e9
 
 
 def profile(command, folder, args, batch_size):
     """Table of the operations that take the most time in five steps."""
-    script, flags = command_line(command, folder, args, batch_size)
     cuda, first = torch.cuda.is_available(), args.steps // 2
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
     profiler = torch.profiler.profile(activities=activities)
@@ -153,7 +153,7 @@ def profile(command, folder, args, batch_size):
                 torch.cuda.synchronize()
             profiler.stop()
 
-    run(script, [*flags, "--log-every", "99999"], folder / "out", FixedBatch(args.steps, each=each))
+    train(command, folder, args, batch_size, FixedBatch(args.steps, each=each), more="--log-every 99999")
     return profiler.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=20, max_name_column_width=60)
 
 
@@ -240,8 +240,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        make_inputs(Path(folder), 512 * args.steps if args.batch_size is None else args.batch_size * args.steps)
-        for name in args.rows or ROWS:
+        rows = args.rows or ROWS
+        make_inputs(Path(folder), (args.batch_size or 512) * args.steps, any("tinyclip" in name for name in rows))
+        for name in rows:
             against_open_clip(args) if name == "open_clip" else compare(name, Path(folder), args)
 
 

@@ -1,7 +1,7 @@
 """Curves from the logs of runs as an SVG: recall at 10 on a test set, mean and standard deviation over runs.
 
-    python tests/curves.py concept "CLIP=runs/a,runs/b" "Proto=runs/c,runs/d" > steps.svg     each evaluation, over steps
-    python tests/curves.py concept "CLIP:1389=runs/a" "CLIP:2778=runs/b,runs/c" > pairs.svg    the last one, over pairs
+    python tests/curves.py concept "CLIP=runs/a,runs/b" "Proto=runs/c,runs/d" > steps.svg    each evaluation, over steps
+    python tests/curves.py concept "CLIP:1389=runs/a" "CLIP:2778=runs/b,runs/c" > pairs.svg   the last one, over pairs
     python tests/curves.py counts.csv toy-seen "CLIP=runs/a,runs/b" > counts.svg
                                             accuracy over the counts of concepts, from frequency.py --csv
 """

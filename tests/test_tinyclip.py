@@ -610,30 +610,22 @@ def test_bad_step_leaves_no_trace(teacher, tmp_path, monkeypatch):
     )
 
 
+def merges_file(teacher, folder):
+    """The merges of a checkpoint as a file of OpenAI's form, for weights that bring none."""
+    (folder / "merges.txt").write_text("#version\n" + clip.load_checkpoint(teacher[1])["merges"])
+    return str(folder / "merges.txt")
+
+
 def test_the_teacher_stays_as_it_is(teacher, tmp_path, monkeypatch):
     """Bit for bit, the running statistics of its batch norms too."""
     state = TinyCLIP(**RESNET | dict(vocab=len(weights(teacher[1])["token_embedding.weight"]), context=77)).state_dict()
     torch.save(state, tmp_path / "resnet.pt")
-    loaded, exact = [], TinyCLIP.from_pretrained
-    monkeypatch.setattr(TinyCLIP, "from_pretrained", lambda *arguments: loaded.append(exact(*arguments)) or loaded[-1])
-    tinyclip.main(
-        RUN
-        + [
-            "--teacher",
-            str(tmp_path / "resnet.pt"),
-            "--init",
-            "none",
-            "--model",
-            "tiny-half",
-            "--epochs",
-            "1",
-            "--out",
-            str(tmp_path / "out"),
-        ]
-    )
-    assert all(torch.equal(value, state[name]) for name, value in loaded[0][0].state_dict().items()) and rows(
-        tmp_path / "out"
-    )
+    loaded, exact = [], tinyclip.load_trained
+    monkeypatch.setattr(tinyclip, "load_trained", lambda *arguments: loaded.append(exact(*arguments)) or loaded[-1])
+    flags = ["--teacher", str(tmp_path / "resnet.pt"), "--bpe", merges_file(teacher, tmp_path), "--init", "none"]
+    tinyclip.main(RUN + flags + ["--model", "tiny-half", "--epochs", "1", "--out", str(tmp_path / "out")])
+    assert all(torch.equal(value, state[name]) for name, value in loaded[0][0].state_dict().items())
+    assert rows(tmp_path / "out")
 
 
 def test_stages_chain_and_flags_do_what_they_say(teacher, finished, tmp_path):
@@ -680,7 +672,9 @@ def test_wrong_use_is_one_sentence(teacher, finished, tmp_path, monkeypatch):
         return str(error.value)
 
     monkeypatch.chdir(tmp_path)
-    assert "clip.py" in message("--teacher", "") and "--init" in message("--init", str(tmp_path / "nowhere.pt"))
+    assert "there is no file runs/" in message("--teacher", "") and "--init" in message(
+        "--init", str(tmp_path / "nowhere.pt")
+    )
     assert "multiples of 64" in message("--image-width", "100")
     assert "cannot inherit" in message("--model", "tiny", "--text-layers", "6")
     assert "--auto" in message("--auto", ".3", "--prune-step", "3", "--shrink", ".5") and "between" in message(
@@ -694,21 +688,41 @@ def test_wrong_use_is_one_sentence(teacher, finished, tmp_path, monkeypatch):
         TinyCLIP(**RESNET | dict(vocab=len(weights(teacher[1])["token_embedding.weight"]), context=77)).state_dict(),
         tmp_path / "resnet.pt",
     )
-    assert "ViTs" in message("--init", str(tmp_path / "resnet.pt"), "--auto", ".3", "--prune-step", "3")
+    flags = ["--init", str(tmp_path / "resnet.pt"), "--bpe", merges_file(teacher, tmp_path)]
+    assert "ViTs" in message(*flags, "--auto", ".3", "--prune-step", "3")
+    assert "another tokenizer" in message("--bpe", "train", "--limit", "64")
     assert "--alpha" in message("--out", str(finished[0]), "--alpha", ".5")
 
 
 def test_teachers_of_other_houses(teacher, tmp_path):
-    """OpenAI's and open_clip's files give the same teacher as ours, here without a tokenizer of their own."""
+    """OpenAI's and open_clip's files give the same teacher as ours; --bpe names the merges that they do not hold."""
     state = weights(teacher[1])
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "open_clip.pt")
-    model, tokenizer, preprocess = TinyCLIP.from_pretrained(tmp_path / "open_clip.pt", "--teacher", True)
-    assert (
-        tokenizer is None
-        and preprocess.size == 32
-        and type(model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
-    )
+    model, tokenizer, preprocess = tinyclip.load_trained(
+        tmp_path / "open_clip.pt", "--teacher", True, merges_file(teacher, tmp_path))
+    assert preprocess.size == 32 and tinyclip.uses_quick_gelu(model)
+    assert "\n".join(map(" ".join, tokenizer.merges)) == clip.load_checkpoint(teacher[1])["merges"]
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_gated_towers_recompute_what_the_gates_gave_them():
+    """--auto with --checkpoint-activations: a block computed again in the backward pass sees the gated weights."""
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = TinyCLIP(**SMALL).double()
+        model.open_gates(.1)
+        model.double()
+        with torch.no_grad():
+            for parameter in model.gates.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+        for tower in (model.visual.transformer, model.transformer):
+            tower.checkpoint_activations = recompute
+        images, tokens = torch.randn(4, 3, 32, 32).double(), torch.randint(1, 30, (4, 8))
+        tinyclip.clip_loss(*model(images, tokens, seed=3)).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 20
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-14) for a, b in zip(*gradients))
 
 
 def test_recipes_are_complete():

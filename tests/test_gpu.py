@@ -1,0 +1,47 @@
+"""tests/gpu.py and tests/cost.py on a CPU: small models, gloo in place of NCCL. What needs CUDA they skip by name."""
+from unittest import mock
+
+import cost
+import gpu
+import pytest
+import torch
+
+
+def test_check(tmp_path, capsys):
+    gpu.main(["check", "--results", str(tmp_path / "results.txt")])
+    lines = (tmp_path / "results.txt").read_text().splitlines()
+    assert not [line for line in lines if line.startswith("FAIL")] and lines[-1] == "all checks passed"
+    for name in gpu.CHECKS:
+        for what in ("DDP over gloo", "three bad steps", "killed after step 3", "compiled and eager", "two worker processes"):
+            assert any(line.startswith(f"ok   {name} {what}") for line in lines), (name, what)
+        assert any(line.startswith(f"skip {name} no wait for the device") for line in lines)
+
+
+def test_check_notices_a_step_that_is_not_skipped(tmp_path):
+    """A norm that always looks finite lets bad steps into the weights; a DDP that is not built is no success either."""
+    checks = gpu.Checks(tmp_path, lambda line: None)
+    with mock.patch.object(torch.nn.utils, "get_total_norm", lambda gradients: torch.ones(())):
+        checks.check("clip", "", "clip", "bad steps")
+    with mock.patch.object(gpu, "Ranks", int):
+        checks.check("clip", "", "clip", "ddp")
+    assert checks.failed == ["clip three bad steps", "clip ddp"]
+
+
+def test_speed(tmp_path, capsys):
+    """The rows run, and their FLOPs are those of the matrices: two for a weight and a token forward, twice as many backward."""
+    rows = {"clip": ("declip --model tiny --augment declip", "clip --model tiny --augment declip", None)}
+    with mock.patch.object(cost, "ROWS", rows):
+        gpu.main(["speed", "clip", "--results", str(tmp_path / "results.txt"), "--batch-size", "8", "--steps", "5", "--rounds", "1", "--peak", "1"])
+    lines = (tmp_path / "results.txt").read_text()
+    method, baseline = (float(line.split("pairs/s, ")[1].split(" GFLOP")[0]) for line in lines.splitlines() if "GFLOP" in line)
+    block, width = 12 * 128 ** 2, 128  # weights of a block
+    weights = 4 * block * 17 + 3 * 8 * 8 * width * 16 + 4 * block * 24  # four blocks a tower; 16 patches and a class token; 24 tokens
+    attention = 4 * 2 * width * (17 ** 2 + 24 ** 2)
+    assert baseline == pytest.approx(6 * (weights + attention) / 1e9, rel=.05, abs=.05) and 1.9 < method / baseline < 4
+    assert "MFU" in lines and "of its baseline's time" in lines and "Self CPU" in lines
+
+
+def test_cost_names_a_wrong_row(capsys):
+    with pytest.raises(SystemExit):
+        cost.main(["declop"])
+    assert "there is no row declop" in capsys.readouterr().err
