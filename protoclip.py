@@ -606,19 +606,20 @@ class Episode(nn.Module):
 
 
 @torch.no_grad()
-def extract_features(model, loader, preprocess, amp, rank, world):
+def extract_features(model, loader, augment, preprocess, amp, rank, world):
     """Features of the pairs of an episode, of its places rank, rank + W, ...: unit rows h_image, h_text [m/W, d] behind
     the heads, and the numbers of the pairs in the data set, samples [m/W]. All ranks call it.
 
     model: runs in eval mode, and in DDP, which gives all ranks the running statistics of rank 0, if there are several
-    ranks. loader: of the batches of the episode. amp: dtype of autocast, or None.
+    ranks. loader: of the batches of the episode. augment: data.augment, perhaps compiled. amp: dtype of autocast, or
+    None.
     """
     device, rows = next(model.parameters()).device, []
     model.eval()
     for batch in loader:
         images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
         if "colors" in batch:
-            images = data.augment(images, batch["colors"].to(device, non_blocking=True))
+            images = augment(images, batch["colors"].to(device, non_blocking=True))
         with torch.autocast(device.type, amp, enabled=amp is not None):
             _, _, h_image, h_text, _, _ = model(preprocess.normalize(images), tokens)
         rows.append([gather(x)[rank::world] for x in (h_image, h_text, batch["index"].to(device))])
@@ -842,7 +843,7 @@ def main(argv=None):
             if step % steps == 0 and (w_proto or (w_external and teacher is not None)):
                 bar.set_postfix_str("extracting features")
                 batches.start, batches.stream = 0, 1  # the order of training, but other crops
-                h_image, h_text, samples = extract_features(parallel, loader, preprocess, amp, rank, world)
+                h_image, h_text, samples = extract_features(parallel, loader, augment, preprocess, amp, rank, world)
                 row = episode.find_prototypes(h_image, h_text, samples, teacher, args.kmeans_iters,
                                               args.kmeans_restarts, args.target_temperature, args.seed)
                 row["extract_seconds"] = time.perf_counter() - meter.start - row["cluster_seconds"]
