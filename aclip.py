@@ -623,8 +623,8 @@ def masks_picture(path, ema, preprocess, dataset, show=8):
 RECIPES = {  # batch size of all ranks together, warm-up in steps
     # toy and small are ours. The captions of toy name colours, so its colours stay. The average follows within a few
     # hundred steps: with m from .996 it stays near its start, where the masks are chance.
-    "toy": dict(model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip",
-                ssl_mlp_dim=512, ema_momentum=.9, eval="toy"),
+    "toy": dict(model="tiny", batch_size=128, epochs=48, lr=1e-3, warmup=50, weight_decay=.1, augment="clip",
+                ssl_mlp_dim=512, ema_momentum=.9, eval="toy-tune,toy", eval_every=6),
     "small": dict(model="tiny-4", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="aclip",
                   ssl_mlp_dim=512, ema_momentum=.9),
     # Nothing is published for CC3M and CC12M; their epochs are SLIP's, their warm-up is one epoch.
@@ -976,7 +976,7 @@ def start_log(args, saved, dataset, model, plan):
         raise SystemExit(f"--out {out}: {error.strerror}") from None
     print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                    if value not in (None, "") and value is not False))
-    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {plan}, "
+    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} left out), {plan}, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
           + (f", resumed at step {saved['step']}" if saved else ""))
     if saved and saved["flags"]["epochs"] != args.epochs:

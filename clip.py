@@ -422,7 +422,8 @@ def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
 RECIPES = {  # batch size of all ranks together, warm-up in steps; percentages are zero-shot ImageNet
     # toy and small are ours
     "toy": dict(
-        model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy"),
+        model="tiny", batch_size=128, epochs=48, lr=1e-3, warmup=50, weight_decay=.1, augment="clip",
+        eval="toy-tune,toy", eval_every=6),
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="clip"),
     # open_clip's README reaches about 20 % with crops of (.9, 1) and a warm-up of 10,000 of 85,000 steps. With batch
     # 4096 an epoch has fewer steps, and its maintainer now advises a warm-up of 1,000 to 2,000. Below 15 M pairs RN50
@@ -739,7 +740,7 @@ def start_log(args, saved, dataset, model, plan):
         raise SystemExit(f"--out {out}: {error.strerror}") from None
     print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                    if value not in (None, "") and value is not False))
-    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {plan}, "
+    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} left out), {plan}, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
           + (f", resumed at step {saved['step']}" if saved else ""))
     if saved and saved["flags"]["epochs"] != args.epochs:

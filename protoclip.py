@@ -1093,7 +1093,7 @@ def start_log(args, saved, dataset, model, plan):
         raise SystemExit(f"--out {out}: {error.strerror}") from None
     print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                    if value not in (None, "") and value is not False))
-    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {plan}, "
+    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} left out), {plan}, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
           + (f", resumed at step {saved['step']}" if saved else ""))
     if saved and saved["flags"]["epochs"] != args.epochs:

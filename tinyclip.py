@@ -823,8 +823,8 @@ OFFICIAL = dict(
     prune_step=3000, sparsity_warmup=1000, gate_lr=.02)
 RECIPES = {  # batch size of all ranks together, warm-up in steps; with --auto the warm-up is --prune-step, as released
     # toy and small are ours
-    "toy": dict(model="tiny-half", batch_size=128, epochs=2, lr=1e-3, warmup=20, weight_decay=.2, augment="clip",
-                eval="toy", prune_step=192, sparsity_warmup=160, gate_lr=.04),
+    "toy": dict(model="tiny-half", batch_size=128, epochs=48, lr=1e-3, warmup=20, weight_decay=.2, augment="clip",
+                eval="toy-tune,toy", eval_every=6, prune_step=192, sparsity_warmup=160, gate_lr=.04),
     "small": dict(model="tiny-half", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.2, augment="clip",
                   prune_step=200, sparsity_warmup=160, gate_lr=.04),
     "cc3m": OFFICIAL | dict(batch_size=1024),  # nothing is published for cc3m and cc12m
@@ -1239,7 +1239,7 @@ def start_log(args, saved, dataset, model, plan):
         raise SystemExit(f"--out {out}: {error.strerror}") from None
     print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                    if value not in (None, "") and value is not False))
-    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {plan}, "
+    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} left out), {plan}, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
           + (f", resumed at step {saved['step']}" if saved else ""))
     if saved and saved["flags"]["epochs"] != args.epochs:

@@ -388,7 +388,7 @@ def parse_args(argv):
     parser.add_argument("--data", default="toy", help="toy (default), or training pairs as the scripts take them")
     parser.add_argument("--tests", metavar="A,B", help="test sets for --data: A chooses the step, B is reported "
                                                        "(default: test/vendor and test/concept beside the data)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    parser.add_argument("--processes", type=int, default=data.cores(), help="runs at a time (default: one a core)")
     parser.add_argument("--out", type=Path, help="default: runs/claims, for other --data runs/claims-real")
     args = parser.parse_args(argv)
     if min(args.seeds, args.processes) < 1:
