@@ -610,19 +610,20 @@ class Episode(nn.Module):
 
 
 @torch.no_grad()
-def extract_features(model, loader, preprocess, amp, rank, world):
+def extract_features(model, loader, augment, preprocess, amp, rank, world):
     """Features of the pairs of an episode, of its places rank, rank + W, ...: unit rows h_image, h_text [m/W, d] behind
     the heads, and the numbers of the pairs in the data set, samples [m/W]. All ranks call it.
 
     model: runs in eval mode, and in DDP, which gives all ranks the running statistics of rank 0, if there are several
-    ranks. loader: of the batches of the episode. amp: dtype of autocast, or None.
+    ranks. loader: of the batches of the episode. augment: data.augment, perhaps compiled. amp: dtype of autocast, or
+    None.
     """
     device, rows = next(model.parameters()).device, []
     model.eval()
     for batch in loader:
         images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
         if "colors" in batch:
-            images = data.augment(images, batch["colors"].to(device, non_blocking=True))
+            images = augment(images, batch["colors"].to(device, non_blocking=True))
         with torch.autocast(device.type, amp, enabled=amp is not None):
             _, _, h_image, h_text, _, _ = model(preprocess.normalize(images), tokens)
         rows.append([gather(x)[rank::world] for x in (h_image, h_text, batch["index"].to(device))])
@@ -800,7 +801,7 @@ def main(argv=None):
     # bf16 has fp32's range and needs no loss scaling; fp16 does, and large ViTs have diverged in it
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     if rank == 0:
-        start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
+        start_log(args, saved, dataset, model, f"{total} steps in {total // steps} episodes on {world} x {device.type}")
     saved = None  # gigabytes that nobody needs any more
 
     def save(name):
@@ -838,14 +839,15 @@ def main(argv=None):
         for number in range(step // steps, total // steps):
             batches.epoch = number
             batches.indices = sample_episode(args.seed, number, args.episode_size, len(dataset))
-            # Clusters of an untrained model mean nothing. The heads run all the same, because DDP waits for them. The
-            # authors have weights of 0 in the last two episodes too, where all learning rates are near 0 anyway.
+            # In the first episodes the weights are 0, because clusters of an untrained model mean nothing. The heads
+            # run all the same: DDP waits for their gradients. The authors also have weights of 0 in the last two
+            # episodes, where all learning rates are near 0 anyway.
             warm = number >= args.warmup_episodes
             w_proto, w_external = (args.w_proto, args.w_external) if warm else (0., 0.)
             if step % steps == 0 and (w_proto or (w_external and teacher is not None)):
                 bar.set_postfix_str("extracting features")
                 batches.start, batches.stream = 0, 1  # the order of training, but other crops
-                h_image, h_text, samples = extract_features(parallel, loader, preprocess, amp, rank, world)
+                h_image, h_text, samples = extract_features(parallel, loader, augment, preprocess, amp, rank, world)
                 row = episode.find_prototypes(h_image, h_text, samples, teacher, args.kmeans_iters,
                                               args.kmeans_restarts, args.target_temperature, args.seed)
                 row["extract_seconds"] = time.perf_counter() - meter.start - row["cluster_seconds"]
