@@ -538,7 +538,9 @@ def test_run_leaves_what_it_promises(finished):
     online = {name: p.clone() for name, p in model.state_dict().items()}
     model, *_ = evaluator.load(finished / "last.pt", weights="ema")  # the averaged model
     assert all(torch.equal(p, online[name]) == (name == "visual.conv1.weight") for name, p in model.named_parameters())
-    assert set(evaluator.load_clip_state(finished / "last.pt")) == {n for n in online if n.startswith(evaluator.ENCODERS)}
+    assert set(evaluator.load_clip_state(finished / "last.pt")) == {
+        n for n in online if n.startswith(evaluator.ENCODERS)
+    }
     torch.manual_seed(0)
     drawn = aclip.build("tiny", aclip.ACLIP, vocab=tokenizer.vocab_size, ssl_mlp_dim=32).state_dict()
     assert torch.equal(drawn["visual.conv1.weight"], online["visual.conv1.weight"])  # never trained

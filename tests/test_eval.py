@@ -924,7 +924,7 @@ def test_load_of_others_explains(weights, merges, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="other.pt is no checkpoint of these scripts.*ema"):
         evaluator.load(path, weights="ema")
     (tmp_path / "merges.txt").write_text("#version\nt h\n")
-    with pytest.raises(SystemExit, match="other.pt has 516 tokens.*515.*CLIP_BPE"):
+    with pytest.raises(SystemExit, match="other.pt has 516 tokens.*515.*--bpe"):
         evaluator.load(path)
     monkeypatch.setenv("CLIP_BPE", str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match="CLIP_BPE.*nowhere"):
