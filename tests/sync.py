@@ -10,6 +10,7 @@ main, parse_args and RECIPES are each script's own. A script with uncommitted ch
 import ast
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,7 @@ SCRIPTS = ("clip", "declip", "protoclip", "aclip", "tinyclip", "frequency", "nmt
 OWN = {"main", "parse_args", "RECIPES"}
 
 
+@lru_cache(None)
 def blocks(source):
     """{name: (first line, line after the last)} of the functions, classes and tables at the top level, from 0."""
     found = {}
@@ -55,7 +57,7 @@ def main(argv):
     script, failed = (names or ["clip"])[0], False
     for other in SCRIPTS:
         changed = differences(script, other)
-        for name, line, mine, theirs in changed:
+        for name, line, mine, theirs in changed if check else ():
             print(f"{name} of {other}.py, line {line}:\n  {script}.py: {mine.strip()}\n  {other}.py: {theirs.strip()}")
         if check or not changed:
             failed |= bool(changed)
@@ -68,7 +70,7 @@ def main(argv):
             lines, (first, end) = text.split("\n"), blocks(text)[name]
             text = "\n".join(lines[:first] + code(source, name) + lines[end:])
         path.write_text(text)
-        print(f"{other}.py: {len(changed)} copied")
+        print(f"{other}.py: {', '.join(name for name, *_ in changed)}")
     return int(failed)
 
 
