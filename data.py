@@ -1227,7 +1227,7 @@ def default_workers(spec, device):
     It is 0 for the toy on a CPU, which draws a picture as fast as a worker hands one over, and at least 1 on a GPU.
     """
     on_cpu = torch.device(device).type == "cpu"
-    if on_cpu and spec.split("-")[0] == "toy":
+    if on_cpu and spec in TOYS:
         return 0
     return max(0 if on_cpu else 1, min(12, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 

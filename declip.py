@@ -44,7 +44,7 @@ import os
 import signal
 import time
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(rows, x.contiguous())
+        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())  # fills rows: chunks are views
         return rows
 
     @staticmethod
@@ -88,14 +88,14 @@ def clip_loss(image_features, text_features, logit_scale):
 
     image_features, text_features: unit rows [B, D]; row i of one belongs to row i of the other. B is equal on all
     ranks. logit_scale: the factor s itself, not its log. Returns a scalar in at least fp32, also under autocast,
-    because bf16 rounds logits near 100 to multiples of 0.5. The mean over ranks is the loss of the whole batch.
-    Features that say nothing have the loss ln N.
+    because bf16 rounds logits near 100 to multiples of 0.5. The mean over ranks is the loss of the whole batch of N = W
+    B pairs. If all logits are equal, it is ln N.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
-        # SLIP gathers without gradient. A feature then learns only as a query (row), never as a candidate (column),
-        # which changes the direction of its gradient. open_clip without --local-loss --gather-with-grad divides it by
-        # W.
+# The released code of SLIP gathers without gradient. There a feature learns only as a query (a row of the logits),
+        # never as a candidate (a column), and its gradient points elsewhere. open_clip by default divides the towers'
+        # gradient by W; its flags --local-loss and --gather-with-grad together prevent that.
         all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
         rank = dist.get_rank() if len(all_x) > len(x) else 0  # one process has no process group
         labels = torch.arange(len(x), device=x.device) + rank * len(x)  # the columns of this rank's own pairs
@@ -414,14 +414,34 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(x.flatten(1))
 
 
+@contextmanager
+def frozen_statistics(module):
+    """Inside the block, batch norms in training mode normalise as ever but leave their running statistics alone."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0., None  # add nothing to mean and variance, count no batch
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def update_once(module):
+    """For torch.utils.checkpoint: the context in which a module with batch norms is computed in the forward pass, and
+    the one in which the backward pass computes it again."""
+    return nullcontext(), frozen_statistics(module)
+
+
 class ModifiedResNet(nn.Module):
     """OpenAI's ResNet. It differs from torchvision's in its three stem convolutions, in average pools in place of
     strides and of the max pool, and in attention as the last pooling."""
 
     def __init__(self, embed_dim, image_size, width, layers):
         super().__init__()
-        # batch norms use the statistics of their own rank, as in all released code; they are all that ranks do not
-        # share
+        # Batch norms use the statistics of their own rank, as in all released code. Because of them, W ranks with a
+        # ResNet do not equal one process exactly.
         self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(width // 2)
         self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
@@ -434,19 +454,25 @@ class ModifiedResNet(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             inplanes = 4 * planes
         self.attnpool = AttentionPool2d(image_size // 32, 32 * width, embed_dim)
+        self.checkpoint_activations = False
 
     def forward(self, images):  # [B, 3, S, S] -> [B, D]
         x = self.bn1(self.conv1(images)).relu()
         x = self.bn2(self.conv2(x)).relu()
         x = self.avgpool(self.bn3(self.conv3(x)).relu())
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # torch.compile updates statistics once by itself, and takes no context_fn
+                contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(update_once, stage)}
+                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+            else:
+                x = stage(x)
         return self.attnpool(x)
 
 
 class CLIP(nn.Module):
     """The two towers and the scale. vision_layers: one number for a ViT, four (one a stage) for a ResNet."""
-    image_tower = VisionTransformer
+    image_tower = VisionTransformer  # a method that changes the ViT names its own class here
 
     def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width,
                  text_layers, quick_gelu=False):
@@ -460,9 +486,11 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(.01 * torch.randn(context, text_width))
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log of s; section 2.5
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log of s
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        for block in self.transformer.resblocks:  # 2 * layers outputs add up, so each starts smaller by the square root
+        # out_proj and c_proj write 2 * text_layers outputs into one sum, so they start smaller by the root of that
+        # number
+        for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -.5)
@@ -480,8 +508,9 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens, eot=None):
         """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: its places [B]; by default
-        the place of the largest id. Our tokenizer ends a caption that it cuts with an end token. SLIP's does not, and
-        then every long caption is read at the start token, where all are equal."""
+        the place of the largest id. Our tokenizer writes an end token at the end of a caption that it has to cut. The
+        released code of SLIP does not: the largest id of a long caption is then the start token, whose feature is the
+        same for all captions."""
         x = self.text_tokens(tokens)
         eot = tokens.argmax(-1) if eot is None else eot
         return x[torch.arange(len(x), device=x.device), eot] @ self.text_projection
@@ -573,12 +602,12 @@ class DeCLIP(CLIP):
 
 # views and picture
 
-AUGMENT = {  # share of a picture's area that a crop keeps; colours: jitter is (probability, brightness, contrast,
-    # saturation, hue), the others are probabilities
+AUGMENT = {  # range of the share of a picture's area that a crop keeps, and the arguments of data.color_params: jitter
+    # holds a probability and the ranges of brightness, contrast, saturation and hue; the others are probabilities
     "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip has (.9, 1); none changes colours
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2's
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
-    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # no flip: it maps crops
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # a flip hinders mapping
 }
 
 
@@ -717,6 +746,8 @@ def main(argv=None):
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"])
         step, tested, best = saved["step"], saved["tested"], saved["best"]
+    running = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # statistics of batch norms
+    augment = torch.compile(data.augment) if args.compile else data.augment
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
         model.compile()
@@ -737,9 +768,10 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """After an epoch whose tests are due, or at the start of a run that was killed before them."""
+        """Tests the model after an epoch whose tests are due, or at the start of a run that was killed before them."""
         nonlocal tested, best
-        if step % steps or step == tested or (step // steps % args.eval_every and step < total):
+        due = step % steps == 0 and (step // steps % args.eval_every == 0 or step == total)
+        if not due or step == tested:
             return
         tests = args.eval.split(",") if args.eval else []
         results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
@@ -768,8 +800,8 @@ def main(argv=None):
                                           for name in ("places", "targets", "index"))
                 if "colors" in batch:
                     colors = batch["colors"].to(device, non_blocking=True).transpose(0, 1)
-                    images = data.augment(images.flatten(0, 1), colors.flatten(0, 1)).unflatten(0, (2, -1))
-                statistics = [buffer.clone() for buffer in model.buffers()]  # of batch norms
+                    images = augment(images.flatten(0, 1), colors.flatten(0, 1)).unflatten(0, (2, -1))
+                statistics = torch.cat(running) if running else None
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     image_views, text_views, logit_scale, siamese, logits = parallel(
                         preprocess.normalize(images), tokens, eot, places)
@@ -789,27 +821,30 @@ def main(argv=None):
                 loss = args.w_clip * clip + args.w_nns * nns + args.w_ssl * ssl + args.w_mlm * mlm
                 losses = {"loss": loss, "clip": clip, "nns": nns, "ssl": ssl, "mlm": mlm, "own_neighbors": own}
 
-                # the step; where the gradient, which DDP has averaged over the ranks, is not finite, nothing changes
+                # the step; if the gradient is not finite, weights and states stay as they are. DDP has averaged it, so
+                # all ranks agree.
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, total, args.warmup, args.lr, start=args.lr / 10)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()
-                optimizer.found_inf = 1 - good.float()  # 1 makes fused AdamW skip the step without asking the host
+                optimizer.found_inf = 1 - good.float()  # fused AdamW skips the step if it is 1, and the host never asks
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
-                    for buffer, before in zip(model.buffers(), statistics):
-                        buffer.copy_(buffer.where(good, before))
+                    if running:
+                        kept = torch.cat(running).where(good, statistics)
+                        torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
                     # The released code has [3, 6]. Where s > 100, its loss is that of s = 100, but its gradient is not.
-                    model.logit_scale.clamp_(3, math.log(100))  # not its exp: clamped, it has no gradient
+                    model.logit_scale.clamp_(3, math.log(100))  # a clamped exp would get no gradient
                 if args.w_nns:
                     for view in (1, 0):  # edited, then masked captions, as in the released code
                         queue.enqueue(text_views[view], index, good)
                 step += 1
 
-                # only here the host waits for the device
+                # meter.row waits for the device, nothing else in the loop does; several ranks can only stop here
+                # together
                 meter.add(good, losses)
                 if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                     row, stopped = meter.row(step, stop)
@@ -944,7 +979,8 @@ def param_groups(model, weight_decay, no_decay=()):
 
 
 def load_towers(model, state, args):
-    """Loads the towers' weights of load_clip_state into a model that may have more. SystemExit if the shapes differ."""
+    """Loads state, the weights of two towers, into a model that may have other parts too. SystemExit if shapes
+    differ."""
     own = {key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in evaluator.ENCODERS}
     if {key: value.shape for key, value in state.items()} != own:
         raise SystemExit(f"--init {args.init} is not a {args.model} of {args.image_size} pixels and "
@@ -967,7 +1003,7 @@ def find_run(args, about, device):
     crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts the same command again
     if path.exists() and (crashed or not args.restart):
         saved = load_checkpoint(path)
-        # data and merges are compared by what they are; the recipe by its values, which are flags
+        # Data and merges are compared below, by content. A recipe only gives values to flags, which are compared.
         free = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
         changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})"
                    for name, value in vars(args).items() if name not in free and value != saved["flags"].get(name)]
@@ -978,8 +1014,9 @@ def find_run(args, about, device):
             raise SystemExit(
                 f"{args.out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; "
                 "give the same ones to resume it, another --out, or --restart to begin anew")
-    progress = [saved["step"], saved["tested"]] if saved else [0, 0]
-    everywhere = gather(torch.tensor([[*progress, int(about["data"][:12], 16)]], device=device))  # [W, 3]
+    step, tested = (saved["step"], saved["tested"]) if saved else (0, 0)
+    fingerprint = int(about["data"][:12], 16)  # its first hexadecimal digits
+    everywhere = gather(torch.tensor([[step, tested, fingerprint]], device=device))  # [W, 3]
     if (everywhere != everywhere[0]).any():
         raise SystemExit(f"ranks disagree on (step, tested step, data): {everywhere.tolist()}; --out and --data must "
                          "be the same on all machines")
@@ -987,8 +1024,9 @@ def find_run(args, about, device):
 
 
 def start_log(args, saved, dataset, model, plan):
-    """Before the first step, on rank 0. Makes --out, deletes the run before if --restart says so, cuts the log of a run
-    that goes on back to its checkpoint, prints the values in force and plan. SystemExit if --out cannot be written."""
+    """Rank 0 calls it before the first step. It makes the folder --out. With --restart it deletes the checkpoints of an
+    earlier run. If this run resumes, it cuts the log back to the checkpoint. Then it prints all values in force, and
+    the text plan. SystemExit if --out cannot be written."""
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -997,6 +1035,7 @@ def start_log(args, saved, dataset, model, plan):
             (out / "last.pt").unlink(missing_ok=True)
             (out / "best.pt").unlink(missing_ok=True)
         if saved and (out / "log.jsonl").exists():
+            # rows of tests up to the last step that was tested, other rows up to the last step that was saved
             rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
             rows = [row for row in rows if row.endswith("}\n") and
                     json.loads(row).get("step", 0) <= (saved["tested"] if '"eval"' in row else saved["step"])]
@@ -1006,7 +1045,7 @@ def start_log(args, saved, dataset, model, plan):
         raise SystemExit(f"--out {out}: {error.strerror}") from None
     print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                    if value not in (None, "") and value is not False))
-    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} broken ones left out), {plan}, "
+    print(f"{len(dataset)} pairs ({sum(dataset.skipped.values())} left out), {plan}, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
           + (f", resumed at step {saved['step']}" if saved else ""))
     if saved and saved["flags"]["epochs"] != args.epochs:
@@ -1021,7 +1060,7 @@ def write_log(out, **row):
 
 class Meter:
     """What happens between two log lines. Losses are summed on the device, so that no step waits for the host. failed
-    and bad count, since the run began, the pictures that were replaced and the steps that were skipped."""
+    is the number of pictures replaced since the run began, bad the number of steps whose gradient was not finite."""
 
     def __init__(self, out, batch_size, device):
         self.out, self.batch_size, self.device, self.failed, self.bad = out, batch_size, device, 0, 0
@@ -1051,7 +1090,8 @@ class Meter:
         """One step. good: bool tensor []; losses: {name: scalar tensor}, of which bad steps are left out."""
         self.names = list(losses)
         self.streak = (self.streak + 1).where(~good, 0)
-        self.sums = self.sums + torch.stack([good, *losses.values()]).detach().where(good, 0)
+        row = torch.stack([good, *losses.values()]).detach()  # its first number is 1 if the step was good
+        self.sums = self.sums + row.where(good, 0)
 
     def row(self, step, stop):
         """The log line over all ranks, as a dict, and whether any rank was told to stop; begins a new line. SystemExit
@@ -1059,7 +1099,8 @@ class Meter:
         here = self.sums.new_tensor([self.skipped, self.waited, len(stop)])
         everywhere = gather(torch.cat([self.sums, self.streak[None], here])[None])  # [W, columns]
         columns = everywhere.mean(0).tolist()
-        fine, means, (streak, skipped, waited, stopped) = columns[0], columns[1:-4], columns[-4:]
+        fine, means = columns[0], columns[1:-4]  # number of good steps, sum of each loss over them
+        streak, skipped, waited, stopped = columns[-4:]
         count, seconds = step - self.step, time.perf_counter() - self.start
         self.failed += round(skipped * len(everywhere))
         self.bad += round(count - fine)
@@ -1093,7 +1134,8 @@ def load_checkpoint(path):
     foreign."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["script"], state["model"], state["tested"], state["data"]
+        if not {"script", "model", "tested", "data"} <= set(state):
+            raise KeyError
     except Exception as error:
         raise SystemExit(f"{path} is no whole checkpoint of these scripts ({type(error).__name__}): delete it, begin "
                          "anew with --restart, or choose another --out") from None
@@ -1102,8 +1144,8 @@ def load_checkpoint(path):
 
 @contextmanager
 def catch_sigterm():
-    """Yields a list that is empty until SIGTERM arrives, which torchrun and SLURM send before they kill. Puts the
-    handler that was there before back, however the block ends."""
+    """Yields a list that is empty until SIGTERM arrives, which torchrun and SLURM send before they kill. However the
+    block ends, the earlier handler is put back."""
     stop, handler = [], signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     try:
@@ -1131,7 +1173,8 @@ def init_distributed():
         torch.backends.cudnn.benchmark = True
     if world > 1 and not dist.is_initialized():
         store, *_ = next(dist.rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it keeps what a crashed attempt left in it
+        # torchrun's store keeps what a crashed attempt left in it, so each attempt gets a prefix of its own
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device

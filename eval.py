@@ -436,7 +436,7 @@ def open_test(spec, split="test", root=None, download=False, classnames=None):
     if not any(map(os.path.exists, paths)):
         raise SystemExit(f"there is no test set {spec}; give a path, or one of "
                          + ", ".join([*data.TOY_TESTS, *DATASETS]))
-    if folder.suffix.lower() in (".tsv", ".csv", ".jsonl"):
+    if folder.suffix.lower() in data.TABLES:
         return CaptionTable(data.TableDataset(str(folder), None))
     beside = Path(paths[0]).parent
     names = classnames or find_classnames(beside, beside.parent)
@@ -783,7 +783,7 @@ def main(argv=None):
     add("--images", nargs="+", metavar="IMAGE", help="rank the --texts for each of these pictures")
     add("--texts", nargs="+", metavar="TEXT")
     add("--batch-size", type=int, default=256)
-    add("--workers", type=int, default=min(8, os.cpu_count()))
+    add("--workers", type=int, default=min(8, data.cores()))
     add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 where the GPU has it, else off")
     args = parser.parse_args(argv)
     if not args.data and not (args.images and args.texts):

@@ -19,7 +19,8 @@ picture shows, and counts a pair only if caption and picture agree ("integrated"
 the toy is its own tag. Without tags, slopes keep their sign and get smaller: on ImageNet .4 to .8 times, by bin.
 
 How to run.
-    python clip.py --data toy-zipf && python frequency.py runs/clip-toy-zipf/last.pt --eval toy-seen
+    python clip.py --data toy-zipf --limit 4096 --epochs 6       kinds by Zipf's law; the first is mentioned 87 times
+    python frequency.py runs/clip-toy-zipf/last.pt --eval toy-seen
     python frequency.py runs/clip-cc3m/last.pt runs/declip-cc3m/last.pt --eval imagenet/val,wag --csv cc3m.csv
     python tests/curves.py cc3m.csv imagenet/val > picture.svg       accuracy against count, one curve a checkpoint
 "Let it Wag!", the authors' test of 290 rare concepts, is a folder with a sub-folder a class (here: wag).

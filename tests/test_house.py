@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -90,14 +91,15 @@ BORROW = {  # how somebody who copied a part would call it
 }
 
 
+@lru_cache(None)
 def definitions(path):
     """{name: (node, source)} of the functions and classes at the top level of a file."""
-    source = path.read_text()
-    found = {}
+    source, found = path.read_text(), {}
+    lines = source.splitlines()
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min([node.lineno] + [d.lineno for d in node.decorator_list])
-            found[node.name] = node, "\n".join(source.splitlines()[first - 1:node.end_lineno])
+            found[node.name] = node, "\n".join(lines[first - 1:node.end_lineno])
     return found
 
 
