@@ -724,10 +724,10 @@ def prototype_picture(out, dataset, episode, size, rows=12, members=5):
 
 
 RECIPES = {  # batch size of all ranks together, warm-up in steps; K = m / 10 as in the README of the released code
-    # toy and small are ours. toy has CLIP's loss in half of the episodes. It keeps colours, because captions name them.
+    # toy and small are ours. The episodes of toy hold all of its pairs. It keeps colours, because captions name them.
     "toy": dict(
-        model="tiny", batch_size=128, epochs=2, lr=5e-4, warmup=50, weight_decay=.1, augment="clip", eval="toy",
-        episode_size=4096, prototypes=400, warmup_episodes=6),
+        model="tiny", batch_size=128, epochs=48, lr=1e-3, warmup=50, weight_decay=.1, augment="clip",
+        eval="toy-tune,toy", eval_every=6, episode_size=1024, prototypes=100, warmup_episodes=6),
     "small": dict(
         model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="protoclip",
         episode_size=20_000, prototypes=2000, warmup_episodes=1),

@@ -502,6 +502,8 @@ RUN = [
     "3",
     "--eval",
     "",
+    "--eval-every",
+    "1",
     "--log-every",
     "1",
     "--model",

@@ -308,6 +308,8 @@ RUN = [
     "4",
     "--eval",
     "",
+    "--eval-every",
+    "1",
     "--log-every",
     "1",
     "--model",

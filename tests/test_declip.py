@@ -471,7 +471,7 @@ def test_two_ranks_equal_one_process(tmp_path):
 # runs
 
 RUN = ["--limit", "32", "--batch-size", "8", "--epochs", "3", "--warmup", "2", "--eval", "", "--log-every", "1",
-       "--model", "tiny"]
+       "--eval-every", "1", "--model", "tiny"]
 
 
 def rows(out):

@@ -281,7 +281,7 @@ def test_without_weight_or_prototypes_the_gradient_is_clips():
 
 RUN = ["--limit", "96", "--batch-size", "16", "--epochs", "2", "--warmup", "2", "--eval", "", "--log-every", "1",
        "--model", "tiny", "--augment", "clip", "--episode-size", "64", "--prototypes", "6", "--proj-hidden", "32",
-       "--proj-dim", "16", "--warmup-episodes", "1"]
+       "--proj-dim", "16", "--warmup-episodes", "1", "--eval-every", "1"]
 # one episode, of fresh weights
 FIRST = ["--limit", "64", "--epochs", "1", "--warmup-episodes", "0", "--teacher-features", "captions"]
 
@@ -590,7 +590,8 @@ def test_teacher_features_and_init(finished, tmp_path):
 def test_recipes_are_complete():
     parsed = vars(protoclip.parse_args([]))
     for name, recipe in protoclip.RECIPES.items():
-        assert set(recipe) <= set(parsed) and set(recipe) - {"eval"} == set(protoclip.RECIPES["cc3m"]), name
+        assert set(recipe) <= set(parsed), name
+        assert set(recipe) - {"eval", "eval_every"} == set(protoclip.RECIPES["cc3m"]), name
         assert 10 <= recipe["episode_size"] / recipe["prototypes"] < 10.5
     assert set(protoclip.RECIPES) == {"toy", "small", "cc3m", "cc12m", "yfcc15m"}
 

@@ -512,7 +512,8 @@ def test_ranks_equal_one_process(tmp_path):
 
 # runs
 
-RUN = ["--limit", "64", "--batch-size", "16", "--epochs", "3", "--warmup", "2", "--eval", "", "--log-every", "1"]
+RUN = ["--limit", "64", "--batch-size", "16", "--epochs", "3", "--warmup", "2", "--eval", "", "--log-every", "1",
+       "--eval-every", "1"]
 AUTO = ["--auto", ".3", "--prune-step", "6", "--sparsity-warmup", "1", "--gate-lr", "1.2"]
 
 
