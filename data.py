@@ -135,8 +135,8 @@ class Preprocess:
         dtype = torch.promote_types(images.dtype, torch.float32)
         top = 255 if images.dtype == torch.uint8 else 1
         # filled on the device, since copying constants to it would wait; one pass over the images
-        shift = torch.stack([images.new_full((1, 1), -m / s, dtype=dtype) for m, s in zip(self.mean, self.std)])  # [3, 1, 1]
-        scale = torch.stack([images.new_full((1, 1), 1 / (top * s), dtype=dtype) for s in self.std])
+        shift = torch.stack([images.new_full((1, 1), -m / s, dtype=dtype) for m, s in zip(self.mean, self.std)])
+        scale = torch.stack([images.new_full((1, 1), 1 / (top * s), dtype=dtype) for s in self.std])  # [3, 1, 1]
         return torch.addcmul(shift, images, scale)
 
 
@@ -193,8 +193,8 @@ def shift_hue(x, turns):
 
 
 def gaussian_blur(x, sigma):
-    """x [B, 3, S, S] with its own sigma [B, 1, 1, 1] in pixels (0: x itself), mirrored at the edges: a banded matrix, used
-    twice."""
+    """x [B, 3, S, S] with its own sigma [B, 1, 1, 1] in pixels, mirrored at the edges: a banded matrix, used twice.
+    Where sigma is 0 the result is x itself."""
     S, radius = x.shape[-1], max(1, round(x.shape[-1] / 22.4))  # a kernel of 21 pixels at S = 224
     offset, at = torch.arange(-radius, radius + 1, device=x.device), torch.arange(S, device=x.device)
     source = (S - 1) - ((S - 1) - (at[:, None] + offset).abs()).abs()  # [S, 2 radius + 1]
