@@ -222,8 +222,8 @@ def shift_hue(x, turns):
 
 
 def gaussian_blur(x, sigma):
-    """x [B, 3, S, S] with its own sigma [B, 1, 1, 1] in pixels (0: x itself), mirrored at the edges: a banded matrix,
-    used twice."""
+    """x [B, 3, S, S] with its own sigma [B, 1, 1, 1] in pixels, mirrored at the edges: a banded matrix, used twice.
+    Where sigma is 0 the result is x itself."""
     S, radius = x.shape[-1], max(1, round(x.shape[-1] / 22.4))  # a kernel of 21 pixels at S = 224
     offset, at = torch.arange(-radius, radius + 1, device=x.device), torch.arange(S, device=x.device)
     source = (S - 1) - ((S - 1) - (at[:, None] + offset).abs()).abs()  # [S, 2 radius + 1]
