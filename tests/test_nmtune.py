@@ -331,6 +331,7 @@ def write_set(path, keys, names=("red", "green", "blue"), broken=()):
 KEYS = [f"{artist}_{i}" for artist in ("ann", "bob", "eve") for i in range(8)]
 
 
+@pytest.mark.slow
 def test_the_toy(folder, capsys):
     text, rows = run(folder, capsys)
     assert list(rows) == ["zero-shot", "linear probe", "MLP", "NMTune"]
@@ -354,6 +355,7 @@ def test_the_toy(folder, capsys):
         assert row["tests"] == again[name]["tests"] and (row["tests"] == paper[name]["tests"]) == (name != "NMTune")
 
 
+@pytest.mark.slow
 def test_kept_features_belong_to_one_checkpoint_and_one_set(folder, capsys, tmp_path):
     state = torch.load(folder / "clip/last.pt", weights_only=True)
     state["model"]["visual.proj"].mul_(2)
@@ -377,6 +379,7 @@ def test_kept_features_belong_to_one_checkpoint_and_one_set(folder, capsys, tmp_
     assert len(list((tmp_path / "features").iterdir())) == before + 3
 
 
+@pytest.mark.slow
 def test_domains_by_keys(folder, capsys, tmp_path):
     """One set parted by SET@PATTERN; broken pictures are left out of all views; other classes are left out too."""
     a = write_set(tmp_path / "a", KEYS, broken=("ann_2", "bob_7"))
@@ -390,6 +393,7 @@ def test_domains_by_keys(folder, capsys, tmp_path):
     assert rows["MLP"]["tests"][2]["per_class"] == [0, None, 0]  # its "blue" are red: names count, not numbers
 
 
+@pytest.mark.slow
 def test_folders_of_classes(folder, capsys, tmp_path):
     for artist in ("ann", "bob"):
         for number, color in enumerate(("red", "green")):
@@ -401,6 +405,7 @@ def test_folders_of_classes(folder, capsys, tmp_path):
     assert ", 4 pictures" in text and [test["n"] for test in rows["NMTune"]["tests"]] == [2, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments, sentence", [
     ([], "checkpoint, or --swap"),
     (["--swap", "1.5"], "from 0 to 1"),
