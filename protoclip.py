@@ -793,11 +793,11 @@ def main(argv=None):
     running = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # statistics of batch norms
     augment = torch.compile(data.augment) if args.compile else data.augment
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at its buckets
         model.compile()
     parallel = model if world == 1 else DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    # bf16 has fp32's range and needs no loss scaling; fp16 does, and large ViTs have diverged in it
+    # bf16 has the range of fp32. fp16 does not, so it needs a GradScaler, and large ViTs have diverged in it.
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     if rank == 0:
         start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
@@ -824,8 +824,8 @@ def main(argv=None):
             tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
-        scores = [result[result["metric"]] for result in results.values()]
-        if scores and scores[0] > best:  # by the first test
+        scores = [result[result["metric"]] for result in results.values()]  # each test names its usual metric
+        if scores and scores[0] > best:  # the first test decides
             best = scores[0]
             save("best.pt")
         save("last.pt")
@@ -857,7 +857,7 @@ def main(argv=None):
                 images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
                 if "colors" in batch:
                     images = augment(images, batch["colors"].to(device, non_blocking=True))
-                statistics = torch.cat(running) if running else None
+                statistics = torch.cat(running) if running else None  # put back if the gradient is not finite
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     image_features, text_features, h_image, h_text, logit_scale, logit_scale_proto = parallel(
                         preprocess.normalize(images), tokens)
@@ -871,10 +871,11 @@ def main(argv=None):
                 loss = clip + w_proto * proto + w_external * external
                 losses = {"loss": loss, "clip": clip, "proto": proto, "external": external}
 
-                # the step; if the gradient is not finite, weights and states stay as they are. DDP has averaged it, so
-                # all ranks agree.
+                # the step. If the gradient is not finite, the step is bad: weights and all states stay as they are. DDP
+                # has averaged the gradient, so all ranks agree on that.
+                lr = lr_at(step, total, args.warmup, args.lr)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, total, args.warmup, args.lr)
+                    group["lr"] = lr
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
@@ -883,24 +884,26 @@ def main(argv=None):
                 nn.utils.clip_grads_with_norm_(model.parameters(), args.clip_grad, norm)
                 losses["grad_norm"] = norm
                 good = norm.isfinite()
-                optimizer.found_inf = 1 - good.float()  # fused AdamW skips the step if it is 1, and the host never asks
+                # Fused AdamW skips the step, on the device, if found_inf is 1. GradScaler uses this for overflows of
+                # fp16; here it stands for any bad step.
+                optimizer.found_inf = 1 - good.float()
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
                     if running:
                         kept = torch.cat(running).where(good, statistics)
                         torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
-                    model.logit_scale.clamp_(0, math.log(100))  # a clamped exp would get no gradient
+                    model.logit_scale.clamp_(0, math.log(100))  # a clamp in the forward pass would stop the gradient
                     model.logit_scale_proto.clamp_(0, math.log(100))
                 step += 1
 
-                # meter.row waits for the device, nothing else in the loop does; several ranks can only stop here
-                # together
+                # meter.row makes the host wait for the device, so it is not called in every step. After SIGTERM one
+                # process stops at once. Several ranks tell each other in meter.row, so they stop at the next log line.
                 meter.add(good, losses)
                 if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                     row, stopped = meter.row(step, stop)
                     if rank == 0:
-                        row |= dict(lr=group["lr"], logit_scale=logit_scale.item())
+                        row |= dict(lr=lr, logit_scale=logit_scale.item())
                         row |= dict(logit_scale_proto=logit_scale_proto.item())
                         write_log(args.out, step=step, episode=number, **row)
                     bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}, {row['pairs_per_second']:.0f} pairs/s")
@@ -908,11 +911,11 @@ def main(argv=None):
                     if stopped:
                         save("last.pt")
                         leave(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
-                if step % 1000 == 0 and step % steps:
+                if step % 1000 == 0 and step % steps:  # the end of an epoch is saved below
                     save("last.pt")
             save("last.pt")  # before the tests, which take their time
             evaluate()
-            meter.clear(step)
+            meter.clear(step)  # the time of the tests does not count
     bar.close()
     if rank == 0:
         print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
@@ -936,28 +939,30 @@ def parse_args(argv=None):
     add("--data", default="toy",
         help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
     add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default: $CLIP_DATA or ./datasets)")
-    add("--recipe", choices=RECIPES, help="default: the name of --data; else small (under 100,000 pairs) or cc3m")
+    add("--recipe", choices=RECIPES, help="default: the one named as --data; else small (under 100,000 pairs) or cc3m")
     add("--model", choices=MODELS)
     add("--image-size", type=positive, help="side of the pictures in pixels (default: the model's)")
-    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that know it")
+    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights trained with it")
     add("--batch-size", type=positive, help="pairs a step, all ranks together")
     add("--epochs", type=positive)
     add("--lr", type=float)
-    add("--warmup", type=int, help="steps")
+    add("--warmup", type=int, help="steps in which the learning rate rises")
     add("--weight-decay", type=float)
     add("--augment", choices=AUGMENT, help="the image augmentation of that method")
     add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 or else fp16 on a GPU, off on a CPU")
-    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is the best by the first")
-    add("--eval-every", type=positive, help="epochs (default: 1)")
+    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is chosen by the first")
+    add("--eval-every", type=positive, help="epochs from test to test (default: 1)")
     add("--init", help="start from these weights: a checkpoint of ours, OpenAI's or open_clip's")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpoint-activations", action="store_true", help="towers keep less and compute a third more")
-    add("--workers", type=int, help="processes a rank that read data (default: its share of the cores; none for toy)")
+    add("--compile", action="store_true", help="torch.compile the model and the augmentation")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more computation in the towers")
+    add("--workers", type=int,
+        help="processes that read data for each rank (default: its share of the cores, at most 12; toy on a CPU: none)")
     add("--seed", type=int, default=0)
     add("--limit", type=positive, help="only the first N pairs")
-    add("--subset", help="only pairs whose keys are in this file, one a line; after a tab, another caption")
-    add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
-    add("--log-every", type=positive, default=20, help="steps")
+    add("--subset", help="only pairs whose keys are in this file, one a line; a caption after a tab replaces their own")
+    add("--bpe", help="merges of the tokenizer: a file, or train, which learns them from the captions (default: train "
+        "for toy, else $CLIP_BPE or OpenAI's)")
+    add("--log-every", type=positive, default=20, help="steps from log line to log line")
     add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("ProtoCLIP").add_argument
