@@ -36,7 +36,7 @@ CHECKS = {  # script: flags of its small runs (three epochs of three steps), the
                   "--teacher {folder}/teacher.pt --auto .25 --prune-step 7 --sparsity-warmup 3"],
                  ["tinyclip", "tinyclip-cached"]),
 }
-LOOSE = {"protoclip": 10, "aclip": 10}  # clusters and masks turn rounding into other choices
+LOOSE = {"protoclip": 10, "aclip": 10, "tinyclip": 30}  # clusters and masks turn rounding into other choices; a scale of 50
 LATER = {"protoclip", "episode", "rng"}  # in a checkpoint: what a bad step may change
 
 
@@ -127,9 +127,10 @@ class Checks:
         loss = max((abs(a - b) for a, b in pairs), default=math.inf)
         gradient = max((float((a - b).norm() / a.norm()) for a, b in zip(one[1], other[1])), default=0.)
         steps = [len(row) for row in losses]
-        good = steps[0] == steps[1] and 2 * len(pairs) > steps[0] and loss <= limit and gradient <= 10 * limit
+        slope = min(10 * limit, .5)
+        good = steps[0] == steps[1] and 2 * len(pairs) > steps[0] and loss <= limit and gradient <= slope
         self.verdict(what, good, f"losses differ by {loss:.1e} (at most {limit:.0e}), gradients by {gradient:.1e} of "
-                     f"their length (at most {10 * limit:.0e}), {steps[0]} and {steps[1]} steps")
+                     f"their length (at most {slope:.0e}), {steps[0]} and {steps[1]} steps")
 
     def attempt(self, what, check):
         """A check that breaks is a check that failed; the others go on."""
@@ -284,6 +285,7 @@ def check(names, say, folder):
         import clip
         vocab = data.find_tokenizer(None, "toy", None).vocab_size
         with mock.patch.dict(clip.MODELS, {} if checks.cuda else small_models(clip)):
+            torch.manual_seed(0)
             teacher = clip.build("tiny", vocab=vocab, vision_layers=4, text_layers=4)
         torch.save(teacher.state_dict(), Path(folder) / "teacher.pt")
         for name in names:
@@ -332,9 +334,9 @@ def main(argv=None):
         if args.what == "speed":
             return speed(args.scripts or CHECKS, say, Path(folder), more)
         failed = check(args.scripts or CHECKS, say, Path(folder))
-    say("FAILED: " + "; ".join(failed) if failed else "all checks passed")
     if failed:
-        raise SystemExit(1)
+        raise SystemExit("failed: " + "; ".join(failed))
+    say("all checks passed")
 
 
 if __name__ == "__main__":

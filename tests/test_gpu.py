@@ -2,6 +2,7 @@
 from unittest import mock
 
 import cost
+import data
 import gpu
 import pytest
 import torch
@@ -48,3 +49,14 @@ def test_cost_names_a_wrong_row(capsys):
     with pytest.raises(SystemExit):
         cost.main(["declop"])
     assert "there is no row declop" in capsys.readouterr().err
+
+
+def test_augment_keeps_its_numbers_and_is_one_graph():
+    """Pixels that the first, slower version of data.augment gave; compiled, the function is a graph without breaks."""
+    images = (torch.arange(2 * 3 * 6 * 6).reshape(2, 3, 6, 6) * 37 % 256).byte()
+    params = torch.tensor([[1, .7, 1.3, .6, .1, 0, 56, 0], [0, 1.2, .8, 1.4, -.2, 0, 0, 1]])
+    expected = torch.tensor([[.27165008, .24776903, .46641958], [.46970963, .00853324, .37483919]])
+    assert (data.augment(images, params)[:, :, 2, 1] - expected).abs().max() < 1e-6
+    torch._dynamo.reset()
+    compiled = torch.compile(data.augment, backend="aot_eager", fullgraph=True)
+    assert (compiled(images, params) - data.augment(images, params)).abs().max() < 1e-6
