@@ -312,9 +312,8 @@ class ModifiedResNet(nn.Module):
         x = self.avgpool(self.bn3(self.conv3(x)).relu())
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                # Under torch.compile the repetition updates no statistics anyway, and context_fn is not supported.
-                contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(update_once, stage)}
-                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False,
+                               context_fn=partial(update_once, stage))
             else:
                 x = stage(x)
         return self.attnpool(x)
@@ -729,6 +728,9 @@ def fill_in(args, dataset, world, device):
         raise SystemExit(
             f"{len(dataset)} pairs make {steps * args.epochs} steps in {args.epochs} epochs of batches of "
             f"{args.batch_size}: too few for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+    if args.compile and args.checkpoint_activations and MODELS[args.model]["patch_size"] is None:
+        raise SystemExit("--checkpoint-activations of a ResNet does not go with --compile, because torch.compile knows no "
+                         "context_fn: leave one of them out")
     for test in args.eval.split(",") if args.eval else ():
         evaluator.open_test(test, root=args.data_root)  # so that a wrong name is found now, not after an epoch
     return steps
