@@ -960,8 +960,8 @@ def fill_in(args, dataset, world, device):
             f"{len(dataset)} pairs make {steps * args.epochs} steps in {args.epochs} epochs of batches of "
             f"{args.batch_size}: too few for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
     if args.compile and args.checkpoint_activations and MODELS[args.model]["patch_size"] is None:
-        raise SystemExit("--checkpoint-activations of a ResNet does not go with --compile, because torch.compile knows no "
-                         "context_fn: leave one of them out")
+        raise SystemExit("--checkpoint-activations of a ResNet does not go with --compile, because torch.compile knows "
+                         "no context_fn: leave one of them out")
     for test in args.eval.split(",") if args.eval else ():
         evaluator.open_test(test, root=args.data_root)  # so that a wrong name is found now, not after an epoch
     return steps

@@ -36,7 +36,8 @@ CHECKS = {  # script: flags of its small runs (three epochs of three steps), the
                   "--teacher {folder}/teacher.pt --auto .25 --prune-step 7 --sparsity-warmup 3"],
                  ["tinyclip", "tinyclip-cached"]),
 }
-LOOSE = {"protoclip": 10, "aclip": 10, "tinyclip": 30}  # clusters and masks turn rounding into other choices; a scale of 50
+# clusters and masks turn rounding into other choices; tinyclip has a scale of 50
+LOOSE = {"protoclip": 10, "aclip": 10, "tinyclip": 30}
 LATER = {"protoclip", "episode", "rng"}  # in a checkpoint: what a bad step may change
 
 
