@@ -5,30 +5,31 @@ is written twice: once with some words masked, once edited (two words swapped, s
 synonym). Four losses use these views:
 
     clip   CLIP's loss for all four combinations of a crop and a text (the paper's multi-view supervision).
-    nns    Nearest-neighbour supervision. A queue holds the latest captions' features. A crop must match the one nearest
-           to its own caption's, because the caption behind it often describes the picture too.
-    ssl    Self-supervision of the image tower: each crop predicts the feature of the other crop (SimSiam).
-    mlm    Masked language modelling: the text tower guesses the masked words, as in BERT.
+    nns    Nearest-neighbour supervision. A queue holds the latest captions' features. The caption nearest to a text
+           often describes the same picture. So each crop must also match this neighbour's feature.
+    ssl    Self-supervision of the image tower: each crop predicts the other crop's feature (SimSiam).
+    mlm    Masked language modelling: the text tower guesses each masked word from the words to its left.
 
 Only the two towers are kept for use. There is no teacher and no momentum encoder.
 
-The losses. x_k is the unit vector of crop k = 1, 2. y_v is that of the masked (v = 1) or edited caption (v = 2). n_v is
-the row of the queue nearest to y_v. z_k = projector(image feature) and p_k = predictor(z_k). s is CLIP's scale.
+The losses. f_k is the image feature of crop k = 1, 2; x_k is f_k at unit length. y_1 is the masked text's unit feature,
+y_2 the edited text's. n_v is the queue's row nearest to y_v. z_k = projector(f_k), p_k = predictor(z_k). s is CLIP's
+scale.
 
     clip = mean over k, v of clip_loss(x_k, y_v)
-    nns  = mean over k, v of cross-entropy(s <x_k, n_v>), in one direction only: each picture chooses a neighbour
+    nns  = mean over k, v of cross-entropy(s <x_k, n_v>): a crop picks its text's neighbour among those of the batch
     ssl  = -1/2 [ cos(p_1, z_2) + cos(p_2, z_1) ]
-    mlm  = cross-entropy of the masked words, read from the text tower before its projection
+    mlm  = cross-entropy of the masked words, predicted from the masked text before its projection
     L    = .4 clip + .2 nns + .2 ssl + .2 mlm
 
-Targets get no gradient. In ssl, z is detached and only one branch has a predictor; drop either and SimSiam collapses.
-In nns, the neighbours are detached, so this term trains only the image tower and s. Its negatives are the neighbours of
-the batch's other captions, not the whole queue. Search before you enqueue, or each caption finds itself.
+Targets get no gradient. In each cosine of ssl, z is detached and only the other side has a predictor; drop either and
+SimSiam collapses. In nns, the neighbours are detached, so this term trains only the image tower and s. Its negatives
+are the batch's other neighbours, not the whole queue. Search before you enqueue, or each caption finds itself.
 
 Results (zero-shot ImageNet). RN50 has 60.4 % from 56 M pairs; OpenAI's CLIP has 59.6 % from 400 M (paper). On
-YFCC15M-V2, ViT-B-32 has 43.2 %, CLIP 32.8 % (authors' benchmark). But DeCLIP also augments pictures more
-strongly. The baseline that does so too is clip.py --augment declip. A step takes twice CLIP's FLOPs, because each tower
-runs twice. Heads, queue and masked words add 2 %.
+YFCC15M-V2, ViT-B-32 has 43.2 %, CLIP 32.8 % (authors' benchmark). DeCLIP's stronger augmentation may explain
+part of that gain; clip.py --augment declip is the baseline with the same. A step takes twice CLIP's FLOPs, because each
+tower runs twice. Heads, queue and masked words add 2 %.
 
 How to run.
     python declip.py                                                         built-in pictures, any machine, minutes
@@ -105,14 +106,16 @@ def clip_loss(image_features, text_features, logit_scale):
 
 
 def multi_view_clip_loss(image_views, text_views, logit_scale):
-    """Mean of clip_loss over the four pairs of an image view and a text view (multi-view supervision, section 3.3).
+    """Mean of clip_loss over the four pairs of an image view and a text view (multi-view supervision, section 3.3 of
+    the DeCLIP paper).
 
     image_views, text_views: unit rows [2, B, D]. logit_scale: the factor. Returns a scalar in at least fp32. The mean
     over ranks is the loss of the whole batch. The four pairs weigh the same, as in the released declip_solver.py.
     """
     with torch.autocast(image_views.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_views, text_views))
-        all_x, all_y = gather(torch.cat([x, y]).transpose(0, 1)).transpose(0, 1).chunk(2)  # [2, N, D] each
+        rows = gather(torch.cat([x, y]).transpose(0, 1))  # [N, 4, D]; gather joins ranks along dimension 0
+        all_x, all_y = rows.transpose(0, 1).chunk(2)  # [2, N, D] each
         rank = dist.get_rank() if all_x.shape[1] > x.shape[1] else 0
         labels = torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]  # the columns of this rank's own pairs
         total = 0.
@@ -120,24 +123,27 @@ def multi_view_clip_loss(image_views, text_views, logit_scale):
             for v in (0, 1):
                 image_logits = logit_scale * x[k] @ all_y[v].T  # [B, N]
                 text_logits = logit_scale * y[v] @ all_x[k].T  # [B, N]
-                total = total + (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels))
-        return total / 8
+                total = total + (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+        return total / 4
 
 
 def nearest_neighbor_loss(image_views, neighbors, logit_scale):
-    """Cross-entropy of each picture over N neighbours, one for each caption of the batch; the right one is that of its
-    own caption. Mean over the four pairs of views (nearest-neighbour supervision, section 3.3).
+    """Mean cross-entropy over the four pairs of an image view and a text view (nearest-neighbour supervision, section
+    3.3 of the DeCLIP paper). The texts of a view have N neighbours in the whole batch. Each image view has to pick its
+    own text's neighbour among these.
 
-    image_views: unit rows [2, B, D]. neighbors: unit rows [2, B, D], one for each text view; they get no gradient.
-    logit_scale: the factor. Returns a scalar in at least fp32. The mean over ranks is the loss of the whole batch.
+    image_views: unit rows [2, B, D]. neighbors: unit rows [2, B, D], the neighbour of each text of each view; they get
+    no gradient. logit_scale: the factor. Returns a scalar in at least fp32. The mean over ranks is the loss of the
+    whole batch.
     """
     with torch.autocast(image_views.device.type, enabled=False):
         dtype = torch.promote_types(image_views.dtype, torch.float32)
         x, n = image_views.to(dtype), neighbors.detach().to(dtype)
-        n = gather(n.transpose(0, 1)).transpose(0, 1)  # [2, N, D]
+        n = gather(n.transpose(0, 1)).transpose(0, 1)  # [2, N, D]; gather joins ranks along dimension 0
         rank = dist.get_rank() if n.shape[1] > x.shape[1] else 0
-        labels = torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]
-        total = 0.  # of one direction only, as in the released code: captions are not asked for pictures
+        labels = torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]  # columns of this rank's own texts
+        # Only one direction, as in the released code: pictures pick neighbours, but neighbours do not pick pictures.
+        total = 0.
         for k in (0, 1):
             for v in (0, 1):
                 total = total + F.cross_entropy(logit_scale * x[k] @ n[v].T, labels)  # [B, N]
@@ -145,51 +151,58 @@ def nearest_neighbor_loss(image_views, neighbors, logit_scale):
 
 
 class FeatureQueue(nn.Module):
-    """The unit rows that all ranks enqueued last, the same on each rank (section 3.3). It starts with random unit rows.
-    size: number of rows; dim: their length D.
+    """A queue of unit feature rows, in DeCLIP those of the latest captions of all ranks (section 3.3 of the DeCLIP
+    paper). It is the same on each rank and starts with random unit rows. size: number of rows; dim: their length D.
 
-    DDP must not see it. Inside a wrapped model its buffers would be broadcast each step, 134 MB for 65,536 rows of 512.
+    DDP must not see it: if it were a part of the wrapped model, DDP would broadcast its buffers at each step, 134 MB
+    for 65,536 rows of 512 numbers.
     """
 
     def __init__(self, size, dim):
         super().__init__()
         rows = torch.randn(size, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("rows", F.normalize(rows, dim=1))  # [size, D]
-        self.register_buffer("samples", torch.full((size,), -1))  # whose row it is; -1: nobody's
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # place of the oldest row, the next to go
+        self.register_buffer("samples", torch.full((size,), -1))  # number of each row's sample; -1: none
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # place of the oldest row, replaced next
 
     @torch.no_grad()
     def search(self, x):
-        """Places [n] in the queue of the rows that have the largest inner products with x [n, D]."""
+        """Places [n] in the queue of the rows that have the largest inner products with x [n, D]. Search before
+        enqueue(x), or x finds itself."""
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, self.rows.dtype)
             return (x.to(dtype) @ self.rows.to(dtype).T).argmax(1)
 
     def nearest(self, x):
-        """The rows [n, D] nearest to x [n, D], without gradient. Call it before enqueue(x)."""
+        """The rows [n, D] that search finds for x [n, D], without gradient."""
         return self.rows[self.search(x)]
 
     @torch.no_grad()
     def enqueue(self, x, samples=None, good=True):
-        """Replaces the oldest rows by the unit rows x [B, D] of all ranks. samples: the numbers of their samples, int64
-        [B]. good: bool, or a bool tensor on the device; if it is false, nothing changes."""
+        """Replaces the oldest rows by the unit rows x [B, D] of all ranks.
+
+        samples: for each row the number of its sample in the data set, int64 [B]. good: bool, or a bool tensor on the
+        device; if it is false, nothing changes. Ranks must agree on good, so that their queues stay equal.
+        """
         size, good = len(self.rows), torch.as_tensor(good, device=x.device)
         if samples is None:
             samples = self.samples.new_full((len(x),), -1)
-        # The released code has a queue for each rank, with that rank's captions, and loses it on a restart.
+        # In the released code each rank has a queue of its own captions only, and a restart loses the queues.
         x, samples = gather(x)[-size:], gather(samples)[-size:]
-        self.rows = self.rows.to(torch.promote_types(self.rows.dtype, x.dtype))  # float64 stays float64
-        # A batch that crosses the end goes on at the start; in the released code its rest is lost.
+        self.rows = self.rows.to(torch.promote_types(self.rows.dtype, x.dtype))  # float64 features are kept exactly
+        # At the end of the queue a batch goes on at the start. The released code drops the rows beyond the end.
         place = (self.pointer + torch.arange(len(x), device=x.device)) % size
+        # good is on the device: an if would make the host wait for it, so a bad step writes the old values again
         self.rows[place] = x.to(self.rows.dtype).where(good, self.rows[place])
         self.samples[place] = samples.where(good, self.samples[place])
-        self.pointer.add_(good * len(x)).remainder_(size)
+        self.pointer.copy_(((self.pointer + len(x)) % size).where(good, self.pointer))
 
 
 def simsiam_loss(p1, p2, z1, z2):
     """-1/2 [cos(p1, z2) + cos(p2, z1)], mean over rows, in [-1, 1] (Chen & He 2021, algorithm 1).
 
-    Predictions p and projections z of two views, all [B, d], not of unit norm. z gets no gradient. At least fp32.
+    p1, p2: predictions; z1, z2: projections, which get no gradient. All are [B, d] and need not have unit norm. Returns
+    a scalar in at least fp32.
     """
     with torch.autocast(p1.device.type, enabled=False):
         p1, p2, z1, z2 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (p1, p2, z1.detach(), z2.detach()))
@@ -199,15 +212,16 @@ def simsiam_loss(p1, p2, z1, z2):
 class SimSiam(nn.Module):
     """Projector and predictor (Chen & He 2021): image features x [B, D], not of unit norm -> p, z [B, hidden].
 
-    Call it once for each view: batch norm uses the statistics of one view, and those of this rank only, as in the
-    released code. So ssl is the one loss that is not the same for W ranks as for one process with the whole batch.
+    Call it once for each view. As in the released code, its batch norms take their statistics from one view on one
+    rank. So ssl depends on how many ranks a batch is split over. The other losses do so only through a ResNet's batch
+    norms.
     """
 
     def __init__(self, dim, hidden=1024, bottleneck=512):
         super().__init__()
-        # Sizes of the released prototype/model/declip.py. SimSiam's own are 2,048 wide, read the backbone's feature
-        # before CLIP's projection, end in a batch norm without scale and shift, and keep the predictor's learning rate
-        # constant.
+        # The sizes are those of the released prototype/model/declip.py. The SimSiam paper has four other choices: its
+        # heads are 2,048 wide, its projector reads the backbone's feature, where ours reads CLIP's projected feature,
+        # its projector ends in a batch norm without scale and shift, and its predictor's learning rate is constant.
         self.projector = nn.Sequential(
             nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
             nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
@@ -223,54 +237,62 @@ class SimSiam(nn.Module):
 
 def mask_tokens(tokens, eot, mask_id, vocab, p=.15, generator=None):
     """BERT's masking (Devlin et al. 2019, section 3.1). Each word is chosen with probability p. Of the chosen words
-    80 % become mask_id, 10 % become a random word, and 10 % stay.
+    80 % become the mask token, 10 % become a random word, and 10 % stay.
 
-    tokens [B, L]: start token, words, end token at the places eot [B], padding. Only words are chosen. vocab: number of
-    ids. Returns masked [B, L] and labels [B, L]: the original id where a word was chosen, else -100.
+    tokens [B, L]: start token, words, end token at the places eot [B], padding. Only words are chosen. mask_id: id of
+    the mask token. vocab: number of ids, the mask token's included. Returns masked [B, L] and labels [B, L]: the
+    original id where a word was chosen, else -100.
     """
-    choice, kind, word = torch.rand(3, *tokens.shape, device=tokens.device, generator=generator)
+    # for each token three random numbers: whether it is chosen, what it becomes, and which random word that would be
+    choice, kind, draw = torch.rand(3, *tokens.shape, device=tokens.device, generator=generator)
     place = torch.arange(tokens.shape[1], device=tokens.device)
+    # a mask token that the caption already has is no word
     chosen = (choice < p) & (place > 0) & (place < eot[:, None]) & (tokens != mask_id)
-    # Random words are ids below the start token, which is in column 0. The released code also draws the end token,
-    # and the text is then read at the wrong place.
+    # A random word is an id below vocab, the mask token's id and the start token's id, which is in column 0. The
+    # released code also draws the end token, and then reads the text's feature at the wrong place.
     limit = tokens[:, :1].clamp(max=min(vocab, mask_id))
-    word = (word * limit).long()
+    word = (draw * limit).long()
     masked = torch.where(kind < .8, mask_id, torch.where(kind < .9, word, tokens))
     return masked.where(chosen, tokens), tokens.where(chosen, -100)
 
 
 def pack_labels(labels, length):
-    """The places of the masked words, so that the head reads no others: labels [B, L] of mask_tokens -> places [M] in
-    the flattened tokens [B, length], and targets [M]. length: that of the tokens, which may have been cut.
+    """Where the masked words are, so that the MLM head reads only these. labels [B, L] are those of mask_tokens.
+    Returns their places [M] in the flattened tokens [B, length], and their original ids as targets [M].
 
-    M is a multiple of B, so that there are few shapes. The padding is place 0 with the target -100, which mlm_loss
-    leaves out. Call it on the host: M depends on the values, so a device would have to be waited for.
+    length may be less than L, because the loader cuts tokens but not labels. M is the number of masked words rounded up
+    to a multiple of B. So few different M occur, and memory and compiled code can be used again. The places added are 0
+    and their targets -100, which mlm_loss leaves out. Call it on the CPU: on a GPU the host would have to wait for M.
     """
     row, column = (labels != -100).nonzero(as_tuple=True)
-    padding = 0, -len(row) % len(labels)
+    padding = (0, -len(row) % len(labels))  # none in front, at the end up to the next multiple of B
     return F.pad(row * length + column, padding), F.pad(labels[row, column], padding, value=-100)
 
 
 def mlm_loss(logits, targets):
-    """Mean cross-entropy of logits [M, V] over the targets [M] of all ranks that are not -100; 0 if there are none. At
-    least fp32. The mean over ranks is the mean over all these targets, however unevenly the ranks hold them."""
+    """Mean cross-entropy of logits [M, V] for the targets [M]; targets of -100 do not count. Returns a scalar in at
+    least fp32, 0 if no target counts on any rank. The mean over ranks is the mean over the targets of all ranks,
+    however unevenly the ranks hold them."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # The released code takes the mean of each rank's mean, which is NaN on a rank without a masked word.
+        # The released code averages over ranks the mean of each rank, which is NaN on a rank without a masked word.
         counts = gather((targets != -100).sum()[None])  # [W]
         return F.cross_entropy(logits, targets, reduction="sum") * len(counts) / counts.sum().clamp(min=1)
 
 
 def eda(caption, rng, synonyms=None):
-    """A caption with one change: two words are swapped; or each word is dropped with probability .1; or one word is
-    replaced by a synonym wherever it occurs. The three are equally likely. At least one word is left.
+    """The caption after one random change: swap two words, drop each word with probability .1, or replace one
+    word, at all its places, by the same synonym. The three are equally likely. At least one word is left. A change that
+    is not possible leaves the caption as it is.
 
     rng: random.Random. synonyms: {lower-case word: list of synonyms}; without it there are only the first two changes.
-    Source: EDA (Wei & Zou 2019), which also inserts words, and changes a tenth of the words instead of one.
+    Source: EDA (Wei & Zou 2019). There a fourth change inserts words, and swap and replacement change a tenth of the
+    words.
     """
-    # The released code takes synonyms from WordNet, with phrases and without stop words; our table has single words.
+    # The released code looks synonyms up in WordNet. They may be phrases, and it never replaces stop words.
     words = caption.split()
     change = rng.choice(("swap", "delete", "replace") if synonyms else ("swap", "delete"))
+    # each word once; not a set, whose order would differ from process to process
     known = [word for word in dict.fromkeys(map(str.lower, words)) if synonyms and word in synonyms]
     if change == "swap" and len(words) > 1:
         i, j = rng.sample(range(len(words)), 2)
@@ -572,18 +594,22 @@ class DeCLIP(CLIP):
         self.simsiam = SimSiam(sizes["embed_dim"]) if ssl else None
         self.mlm_head = nn.Linear(sizes["text_width"], sizes["vocab"]) if mlm else None  # not tied to the embedding
         if isinstance(self.visual, VisionTransformer):
-            # The patch embedding stays random, as in the released code. MoCo v3 found this more stable.
+            # The patch embedding is not trained, as in the released code. MoCo v3 found that training is then more
+            # stable.
             self.visual.conv1.requires_grad_(False)
-        # s = 20.1. The released code starts at 14.3 and moves s to at least 20.1 after the first step.
+        # This is s = e^3 = 20.1. The released code starts at 14.3 and raises s to 20.1 in the first step.
         nn.init.constant_(self.logit_scale, 3.)
 
     def forward(self, images, tokens, eot, places=None):
-        """images [2, B, 3, S, S], tokens [2, B, L] (masked, edited), eot [2, B] (the end tokens' places), places [M] of
-        masked words in the flattened masked tokens [B, L] -> unit image_views [2, B, D], unit text_views [2, B, D], the
-        factor s, the four arguments of simsiam_loss, logits [M, V]. The last two are None without their head."""
+        """images [2, B, 3, S, S]: both crops. tokens [2, B, L]: masked texts, then edited texts. eot [2, B]: the places
+        of their end tokens. places [M]: those of masked words in the flattened masked texts [B, L].
+
+        Returns unit image_views [2, B, D], unit text_views [2, B, D], the factor s, the arguments p1, p2, z1, z2 of
+        simsiam_loss (None without the ssl head), and logits [M, V] of the masked words (None without the mlm head).
+        """
         if isinstance(self.visual, VisionTransformer):
             x = self.encode_image(images.flatten(0, 1)).unflatten(0, (2, -1))  # [2, B, D]
-        else:  # one view at a time, because batch norm would mix them
+        else:  # one view at a time, because batch norm would mix their statistics
             x = torch.stack([self.encode_image(view) for view in images])
         hidden = self.text_tokens(tokens.flatten(0, 1))  # [2B, L, C]
         y = hidden[torch.arange(len(hidden), device=hidden.device), eot.flatten()] @ self.text_projection
@@ -595,9 +621,11 @@ class DeCLIP(CLIP):
             (p1, z1), (p2, z2) = self.simsiam(x[0]), self.simsiam(x[1])
             siamese = p1, p2, z1, z2
         if self.mlm_head:
-            # The tower is causal, so a masked word is guessed from the words to its left, as in the released code. That
-            # code computes logits at all 77 places, a quarter of CLIP's FLOPs; the loss reads only these.
-            logits = self.mlm_head(hidden[:tokens.shape[1]].flatten(0, 1)[places])
+            # As in the released code, the tower is causal: a masked word is guessed from the words to its left. The
+            # released code computes logits at all 77 places, for a quarter of CLIP's FLOPs, but its loss reads only
+            # those of masked words.
+            masked, _ = hidden.chunk(2)  # [B, L, C]; the second half are the edited texts
+            logits = self.mlm_head(masked.flatten(0, 1)[places])
         return image_views, text_views, self.logit_scale.exp(), siamese, logits
 
 
@@ -616,8 +644,8 @@ AUGMENT = {  # By method: the range of the share of a picture's area that a crop
 
 
 def read_synonyms(path):
-    """{lower-case word: list of synonyms} of a text file with lines word<TAB>synonym,synonym. SystemExit if a line is
-    different. tests/RESULTS.md says how to make such a file from WordNet."""
+    """Reads a text file with lines word<TAB>synonym,synonym. Returns {lower-case word: list of synonyms}. SystemExit if
+    a line has another form. tests/RESULTS.md says how to make such a file from WordNet."""
     table = {}
     for number, line in enumerate(data.read_lines(path, "--synonyms"), 1):
         word, _, rest = line.partition("\t")
@@ -630,15 +658,17 @@ def read_synonyms(path):
 
 
 def declip_views(image, caption, rng, tokenizer, size, augment, p, synonyms):
-    """One sample, made in a worker: image bytes and a caption -> dict of images, two crops, uint8 [2, 3, S, S]; colors
-    [2, 8], their colour parameters (where the augmentation changes colours); tokens [2, L] of the masked and the edited
-    caption; eot [2], the places of their end tokens; labels [L] of the masked words. p: share of words to mask."""
+    """One sample, made in a worker from image bytes and a caption. Returns a dict: "images" are two crops, uint8 [2, 3,
+    S, S]; "colors" [2, 8] are their colour parameters, if the augmentation changes colours; "tokens" [2, L] are the
+    masked and the edited text; "eot" [2] are the places of their end tokens; "labels" [L] are the original ids of the
+    masked words, -100 elsewhere. rng: random.Random. p: share of words to mask. synonyms: table of eda."""
     area, colors = AUGMENT[augment]
     tokens = tokenizer([caption, eda(caption, rng, synonyms)])
     eot = tokens.argmax(-1)  # found before masking, because the mask token has the largest id
-    # The paper contrasts the clean caption with the picture; its released code, and we, the masked one.
-    masked, labels = mask_tokens(tokens[:1], eot[:1], tokenizer.vocab_size, tokenizer.sot, p,
-                                 torch.Generator().manual_seed(rng.getrandbits(63)))
+    # In the paper the masked text is only for mlm, and the clean caption is matched with pictures. In the released code
+    # and here the masked text serves both purposes. The mask token's id comes after all ids of the tokenizer.
+    masked, labels = mask_tokens(tokens[:1], eot[:1], mask_id=tokenizer.vocab_size, vocab=tokenizer.vocab_size + 1, p=p,
+                                 generator=torch.Generator().manual_seed(rng.getrandbits(63)))
     sample = {"images": data.random_resized_crops(image, size, area, rng, 2),
               "tokens": torch.cat([masked, tokens[1:]]), "eot": eot, "labels": labels[0]}
     if colors:
@@ -647,22 +677,23 @@ def declip_views(image, caption, rng, tokenizer, size, augment, p, synonyms):
 
 
 def declip_collate(samples):
-    """data.collate, but with the places [M] and targets [M] of pack_labels instead of the labels [B, L]."""
+    """data.collate, except that "places" [M] and "targets" [M] of pack_labels take the place of "labels" [B, L]."""
     batch = data.collate(samples)
     batch["places"], batch["targets"] = pack_labels(batch.pop("labels"), batch["tokens"].shape[-1])
     return batch
 
 
 def neighbor_picture(path, model, tokenizer, dataset, queue, count=8):
-    """Writes both crops of a few samples, the masked caption under the first and the edited one under the second. After
-    "->" follows the caption whose row in the queue is nearest: what nearest_neighbor_loss makes both crops match."""
+    """Writes a picture to path: both crops of a few samples, the masked text under the first crop and the edited text
+    under the second. After "->" stands the caption of the text's nearest row in the queue. nearest_neighbor_loss makes
+    both crops match the nearest rows of both texts."""
     device = model.logit_scale.device
     places = range(0, len(dataset), max(1, len(dataset) // count))[:count]
     batch = data.collate([dataset[i, 0] for i in places])
     images, tokens, eot = (batch[name].to(device).flatten(0, 1) for name in ("images", "tokens", "eot"))
     if "colors" in batch:
         images = (data.augment(images, batch["colors"].to(device).flatten(0, 1)) * 255).byte()
-    blank = tokenizer.encode("_")[0]  # shown for the mask token, which the tokenizer does not know
+    blank = tokenizer.encode("_")[0]  # shown in place of the mask token, which the tokenizer does not know
     lines = []
     for row, end in zip(tokens.tolist(), eot.tolist()):
         lines.append(tokenizer.decode([i if i < tokenizer.vocab_size else blank for i in row[1:end]]))
@@ -670,7 +701,8 @@ def neighbor_picture(path, model, tokenizer, dataset, queue, count=8):
         with torch.inference_mode():
             text_features = F.normalize(model.encode_text(tokens, eot).float(), dim=-1)
             found = queue.samples[queue.search(text_features)].tolist()
-        for n, (i, own) in enumerate(zip(found, batch["index"].repeat_interleave(2).tolist())):
+        own_samples = batch["index"].repeat_interleave(2).tolist()  # each sample has two texts
+        for n, (i, own) in enumerate(zip(found, own_samples)):
             neighbor = dataset.captions(i)[0] if i >= 0 else "a random row"
             lines[n] += f"\n-> {neighbor}" + (" (its own)" if i == own else "")
     data.grid(list(images), lines, path)
@@ -683,14 +715,16 @@ RECIPES = {  # batch size of all ranks together, warm-up in steps; percentages a
         model="tiny", batch_size=128, epochs=48, lr=5e-4, warmup=50, weight_decay=.1, augment="clip",
         eval="toy-tune,toy", eval_every=6),
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="declip"),
-    # The optimizer's values are clip.py's, so that the two compare. 32 epochs are those of the paper's ablation (RN50,
-    # from CLIP's 20.6 % to 27.2 %). Its batch size and other values are not published.
+    # Batch size and the optimizer's values are clip.py's, so that the two scripts can be compared. Model and epochs are
+    # those of the paper's ablation on CC3M, in which CLIP has 20.6 % and DeCLIP 27.2 %. We found no other value of that
+    # ablation.
     "cc3m": dict(model="RN50", batch_size=1024, epochs=32, lr=1e-3, warmup=2000, weight_decay=.1, augment="declip"),
-    # The authors do not train on cc12m: these are the values of yfcc15m.
+    # The authors publish no run on only CC12M. These are the values of yfcc15m with 32 epochs instead of 34.
     "cc12m": dict(
         model="ViT-B-32", batch_size=4096, epochs=32, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),
-    # All values are released: 43.2 % with ViT-B-32, 44.4 % with RN50, in fp32, 128,001 steps, which are 34 epochs and
-    # are called 32. On 88 M pairs the paper has batch 10,240, SGD for RN50 and for the text tower, AdamW for the ViT.
+    # All values are those of the released configurations, which reach 43.2 % with ViT-B-32 and 44.4 % with RN50. They
+    # train in fp32 for 128,001 steps. These are 34 epochs, though the authors call them 32. On 88 M pairs the paper has
+    # a batch of 10,240. There AdamW trains the ViT, and SGD trains RN50 and the text towers.
     "yfcc15m": dict(
         model="ViT-B-32", batch_size=4096, epochs=34, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),
 }
@@ -708,12 +742,12 @@ def main(argv=None):
     if args.w_ssl and args.batch_size < 2 * world:
         raise SystemExit("--batch-size must be at least 2 a rank, because SimSiam's batch norm needs two rows; or give "
                          "--w-ssl 0")
-    args.queue = min(args.queue, max(1, len(dataset) // 2))  # a longer one would hold each caption many times
+    args.queue = min(args.queue, max(1, len(dataset) // 2))  # with a longer one more captions find themselves
     synonyms = read_synonyms(args.synonyms) if args.synonyms else None
     tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
     preprocess = data.Preprocess(args.image_size)
     dataset.transform = partial(declip_views, tokenizer=tokenizer, size=args.image_size, augment=args.augment,
-                                p=.15 if args.w_mlm else 0., synonyms=synonyms)
+                                p=.15 if args.w_mlm else 0., synonyms=synonyms)  # without mlm no word is masked
     batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
     loader = data.loader(dataset, batches, args.workers, device)
     loader.collate_fn = declip_collate
@@ -729,7 +763,8 @@ def main(argv=None):
     if args.init and not saved:
         state = evaluator.load_clip_state(args.init, args.quick_gelu, about["merges"])
         table = state["token_embedding.weight"]
-        state["token_embedding.weight"] = torch.cat([table, table.mean(0, keepdim=True)])  # the mask token starts there
+        # the mask token, which is not in the file, starts as the mean of all other tokens
+        state["token_embedding.weight"] = torch.cat([table, table.mean(0, keepdim=True)])
         load_towers(model, state, args)
     for module in model.modules():
         if hasattr(module, "checkpoint_activations"):
@@ -812,11 +847,11 @@ def main(argv=None):
                 clip = multi_view_clip_loss(image_views, text_views, logit_scale)
                 nns = ssl = mlm = own = torch.zeros((), device=device)
                 if args.w_nns:
-                    found = queue.search(text_views.flatten(0, 1))  # [2B]
+                    found = queue.search(text_views.flatten(0, 1))  # [2B]; not nearest, because own needs the places
                     neighbors = queue.rows[found].unflatten(0, (2, -1))  # [2, B, D]
                     nns = nearest_neighbor_loss(image_views, neighbors, logit_scale)
-                    # The share of captions that find their own row of an earlier epoch, from which nothing new is
-                    # learned. If it grows, take a smaller --queue.
+                    # The share of texts whose nearest row is that of their own caption, from an earlier epoch. Such a
+                    # row says nothing new about the picture. If the share grows, take a smaller --queue.
                     own = (queue.samples[found] == index.repeat(2)).float().mean()
                 if args.w_ssl:
                     ssl = simsiam_loss(*siamese)
@@ -843,7 +878,8 @@ def main(argv=None):
                     if running:
                         kept = torch.cat(running).where(good, statistics)
                         torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
-                    # The released code has [3, 6]. Where s > 100, its loss is that of s = 100, but its gradient is not.
+                    # The released code lets logit_scale grow to 6, that is s = 403. If s > 100, it computes the loss
+                    # with s = 100, but the gradient of logit_scale with the larger s.
                     model.logit_scale.clamp_(3, math.log(100))  # a clamp in the forward pass would stop the gradient
                 if args.w_nns:
                     for view in (1, 0):  # edited, then masked captions, as in the released code
@@ -918,14 +954,14 @@ def parse_args(argv=None):
     add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("DeCLIP").add_argument
-    # These are the weights of the released code, where each of the four pairs has .1. The paper's sum has .4 for the
-    # pair of the originals and .2 for the other three pairs together.
-    add("--w-clip", type=float, default=.4, help="weight of clip, the contrast of all views (default: %(default)s)")
-    add("--w-nns", type=float, default=.2, help="of the nearest neighbours; 0 leaves a loss out (default: %(default)s)")
-    add("--w-ssl", type=float, default=.2, help="of SimSiam (default: %(default)s)")
-    add("--w-mlm", type=float, default=.2, help="of the masked words (default: %(default)s)")
+    # These are the weights of the released code: .4 for the mean of four pairs of views is .1 for each. In the paper
+    # the pair of the original picture and the original caption has .4, and the other three pairs have .2 together.
+    add("--w-clip", type=float, default=.4, help="weight of clip, over all pairs of views (default: %(default)s)")
+    add("--w-nns", type=float, default=.2, help="weight of nns, the nearest neighbours; 0: off (default: %(default)s)")
+    add("--w-ssl", type=float, default=.2, help="weight of ssl, SimSiam; 0: off (default: %(default)s)")
+    add("--w-mlm", type=float, default=.2, help="weight of mlm, the masked words; 0: off (default: %(default)s)")
     add("--queue", type=positive, default=65536,
-        help="rows of the queue, two a pair, at most half as many as pairs (default: %(default)s, 8 batches of 4,096)")
+        help="rows of the queue, two for each pair; cut to half the number of pairs (default: %(default)s)")
     add("--synonyms", help="file of lines word<TAB>synonym,synonym for the edited captions (default: none is replaced)")
     return parser.parse_args(argv)
 
