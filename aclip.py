@@ -1,36 +1,37 @@
 """A-CLIP: CLIP on two views with half of their patches each, the half that an averaged copy of the model looks at.
 
 The idea. Half of the patches cost half as much, and a caption speaks of only a part of its picture. FLIP drops patches
-at random and may drop what the caption names. A-CLIP asks a second image tower, whose weights are the running average
-(EMA) of the trained ones. It sees a wide crop of the picture, whole and in its own colours. The patches to which its
-class token pays attention stay. Two masked views cost about as much as one whole view. Two more losses compare them:
-SimCLR with each other, BYOL with the averaged tower's feature of the wide crop. At test time the model uses all
-patches.
+at random and may drop what the caption names. A-CLIP asks a second image tower, the EMA tower, whose weights are a
+running average of the trained ones. It sees a wide crop of the picture, with all patches and in its own colours. The
+patches to which its class token pays most attention stay. Two masked views cost about as much as one whole view. Two
+more losses use them: SimCLR compares the views with each other, BYOL each with the EMA tower's feature of the wide
+crop. At test time the model uses all patches.
 
-The loss. h_1 and h_2 are the class tokens of the masked views, W their projection, y the text feature. h' is the
-averaged tower's class token, without gradient. The networks g (SimCLR's projector), p (BYOL's projector) and r (BYOL's
-predictor) are small MLPs with batch norm; p' is the average of p.
+The loss. h_1 and h_2 are the class tokens of the masked views, x_1 and x_2 their image features, y the text feature. h'
+is the EMA tower's class token, without gradient. g (simclr), p (projector) and r (predictor) are small MLPs with batch
+norm; p' is the average of p.
 
-    score  = mean over layers and heads of softmax(<q_class, k> / 8), read at the patches     [B, P], for both views
-    view v keeps floor(cells / 2) + 1 of its cells of 2x2 patches, 25 of 49 for ViT-B-16, by the score inside its crop
-    clip   = 1/2 [ clip_loss(W h_1, y) + clip_loss(W h_2, y) ]
+    score  = attention of the EMA tower's class token to each patch, mean over layers and heads      [B, P]
+    clip   = 1/2 [clip_loss(x_1, y) + clip_loss(x_2, y)]
     ntxent = NT-Xent between g(h_1) and g(h_2) at temperature 0.1
     byol   = mean over v of 2 - 2 cos(r(p(h_v)), p'(h'))
     L      = clip + ntxent + 2 byol
 
-After each step ema <- m ema + (1 - m) weights. The momentum m rises from --ema-momentum to 1 along half a cosine.
+Each view reads the score inside its own crop and keeps the best floor(cells/2) + 1 of its cells of 2x2 patches, 25 of
+49 for ViT-B-16. After each step ema <- m ema + (1-m) weights. The momentum m rises from --ema-momentum to 1 along half
+a cosine.
 
-What it brought (authors' README: ImageNet zero-shot, ViT-B-16, 25 epochs of YFCC15M, one run each): CLIP 37.6 %, a
-random half of two views 38.0, their attentive half 41.3, A-CLIP 43.9; SLIP 42.8. It takes 1.16 times CLIP's time there
-(1.29 times the FLOPs), SLIP 2.67 times. A-CLIP-eff, whose averaged tower sees half the resolution (--ema-size 112), has
-42.9 % in 0.86 times CLIP's time. Memory: one more copy of the weights.
+What it brought (authors' README: ImageNet zero-shot, ViT-B-16, 25 epochs of YFCC15M, one run each): CLIP 37.6 %, SLIP
+42.8, A-CLIP 43.9. Without SimCLR and BYOL a random half of two views has 38.0, the attentive half 41.3. A-CLIP took
+1.16 times CLIP's time there (by our count 1.29 times the FLOPs), SLIP 2.67 times. A-CLIP-eff, whose EMA tower sees half
+the resolution (--ema-size 112), has 42.9 % in 0.86 times CLIP's time. Memory: one more copy of the weights.
 
-Look at masks.png before you trust the masks: on small data they may miss the object (tests/RESULTS.md).
+On small data the masks may miss the object: look at masks.png.
 
 How to run.
     python aclip.py                                                              built-in pictures, minutes
     torchrun --nproc_per_node=8 aclip.py --data yfcc15m --eval /imagenet/val     see RECIPES for the settings
-    python aclip.py --mask none --views 1 --ssl 0 --out runs/plain               CLIP, but for the frozen patch weights
+    python aclip.py --mask none --views 1 --ssl 0 --out runs/plain               CLIP with frozen patch weights
     python eval.py runs/aclip-toy/last.pt --data toy --weights ema               the averaged model
 
 Sources: Yang et al. 2023 (arXiv 2212.08653), github.com/microsoft/A-CLIP, which builds on SLIP (arXiv 2112.12750).
@@ -106,13 +107,14 @@ def clip_loss(image_features, text_features, logit_scale):
 # the method: crops, masks, losses, batch norm of the heads, average of the weights
 
 def three_crops(size, rng, scale=(.5, 1.), ratio=(3 / 4, 4 / 3)):
-    """Boxes [3, 4] int64 (top, left, height, width) in a picture of size = (width, height): two random crops, drawn by
-    torchvision's rule for RandomResizedCrop, and a wide crop for the EMA tower, which holds both. Each side of the wide
-    crop lies anywhere between theirs and the picture's. rng: random.Random. Released: GetThreeRandomResizedCrop."""
+    """Boxes [3, 4] int64 (top, left, height, width) in a picture of size = (width, height): view 1, view 2, and the
+    wide crop for the EMA tower, which holds both views. The views are drawn by torchvision's rule for
+    RandomResizedCrop. Each edge of the wide crop is drawn between the picture's edge and the outer one of the views'
+    two edges. rng: random.Random. In the released code this is GetThreeRandomResizedCrop."""
     width, height = size
     boxes = []
     for _ in range(2):
-        for _ in range(10):
+        for _ in range(10):  # torchvision gives up after ten tries
             area, aspect = width * height * rng.uniform(*scale), math.exp(rng.uniform(*map(math.log, ratio)))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
@@ -121,8 +123,8 @@ def three_crops(size, rng, scale=(.5, 1.), ratio=(3 / 4, 4 / 3)):
         else:  # the middle of a long picture
             w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
             boxes.append(((height - h) // 2, (width - w) // 2, h, w))
-    # The released code draws the left side from a height and takes one bound before the corner moves. So its wide crop
-    # misses a part of a view in 70 % of the samples; that part scores 0 and is dropped first.
+    # The released code bounds the left edge by a height, and bounds height and width before it moves the corner. So in
+    # 70 % of the samples its wide crop misses a part of a view. That part scores 0 and is dropped first.
     top = rng.randint(0, min(box[0] for box in boxes))
     left = rng.randint(0, min(box[1] for box in boxes))
     bottom = rng.randint(max(box[0] + box[2] for box in boxes), height)
@@ -131,21 +133,22 @@ def three_crops(size, rng, scale=(.5, 1.), ratio=(3 / 4, 4 / 3)):
 
 
 def attentive_keep(score, boxes, grid=None):
-    """The patches of two views that the attention in a wide crop around them calls important: [2B, kept] int64, view 1
+    """Numbers of the patches that two views keep, by the score of a wide crop around them: [2B, kept] int64, view 1
     first.
 
     score [B, P]: attention of the class token to each patch of the wide crop. boxes [B, 3, 4]: (top, left, height,
     width) of view 1, view 2 and the wide crop in one picture, in any unit. grid: patches along a side of the views
-    (default: as many as the wide crop has). The score is read at the centre of each patch of a view, bilinear, and
-    continued at the edges. Then floor(cells / 2) + 1 cells stay. A cell is 2x2 patches, or one patch where the grid is
-    odd or below 8. Released: ACLIP.get_mask and get_att_mask, which loop over the pictures and wait for the GPU.
+    (default: as many as the wide crop has). The score is read at the centre of each patch of a view by bilinear
+    interpolation; beyond the outermost centres it stays constant. The best floor(cells / 2) + 1 cells are kept. A cell
+    is 2x2 patches, or one patch if grid is odd or below 8. The released code (ACLIP.get_mask, get_att_mask)
+    interpolates to pixels and back, in a loop over the pictures that waits for the GPU.
     """
     with torch.autocast(score.device.type, enabled=False):
         score = score.to(torch.promote_types(score.dtype, torch.float32))
         (B, P), boxes = score.shape, boxes.to(score.dtype)
         grid = grid or math.isqrt(P)
         side = 2 if grid % 2 == 0 and grid >= 8 else 1  # of a cell, in patches
-        view_box, wide_box = boxes[:, :2].transpose(0, 1).flatten(0, 1), boxes[:, 2].repeat(2, 1)  # [2B, 4]
+        view_box, wide_box = boxes[:, :2].transpose(0, 1).flatten(0, 1), boxes[:, 2].repeat(2, 1)  # [2B, 4] each
         centres = (torch.arange(grid, dtype=score.dtype, device=score.device) + .5) / grid  # of patches, along a side
         pixels = view_box[:, :2, None] + view_box[:, 2:, None] * centres  # [2B, (y, x), g] in the picture
         y, x = (2 * (pixels - wide_box[:, :2, None]) / wide_box[:, 2:, None] - 1).unbind(1)  # in the wide crop, -1 to 1
@@ -155,21 +158,24 @@ def attentive_keep(score, boxes, grid=None):
         seen = F.grid_sample(maps, places, padding_mode="border", align_corners=False)  # [2B, 1, g, g]
         cells = F.avg_pool2d(seen, side).flatten(1)  # [2B, cells]
         best = cells.topk(cells.shape[1] // 2 + 1).indices  # [2B, k]
+        # numbers of the patches by (row of cells, row in the cell, column of cells, column in the cell)
         patches = torch.arange(grid ** 2, device=score.device).view(grid // side, side, grid // side, side)
-        return patches.transpose(1, 2).reshape(-1, side * side)[best].flatten(1)  # of each cell its patches
+        patches = patches.transpose(1, 2).reshape(-1, side * side)  # [cells, side ** 2]
+        return patches[best].flatten(1)
 
 
 def random_keep(batch, patches, kept, generator=None):
-    """FLIP's random masks: [batch, kept] int64, in each row kept different numbers below patches."""
+    """FLIP's random masks: int64 [batch, kept]. Each row holds distinct numbers drawn from range(patches)."""
     return torch.rand(batch, patches, generator=generator).argsort(1)[:, :kept]
 
 
 def ntxent_loss(a, b, temperature):
     """NT-Xent of SimCLR (Chen et al. 2020, equation 1) over all ranks, for the rows of this rank.
 
-    a, b [B, d]: two views, row i of one belongs to row i of the other; they are made unit here. Each of the 2N rows
-    picks the other view of its picture among the 2N - 1 other rows. Returns a scalar in at least fp32. For N orthogonal
-    pairs of equal rows it is log(1 + 2 (N-1) exp(-1/T)).
+    a, b [B, d]: features of two views, brought to unit norm here; row i of one belongs to row i of the other. Each of
+    the 2N rows of all ranks picks the other view of its picture among the 2N - 1 other rows. Returns a scalar in at
+    least fp32. The mean over ranks is the loss of the whole batch. If the views are equal and the N rows of one are
+    orthogonal, the loss is ln(1 + 2 (N-1) exp(-1/temperature)).
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (a, b))
@@ -177,25 +183,27 @@ def ntxent_loss(a, b, temperature):
         rank = dist.get_rank() if len(all_a) > len(a) else 0
         labels = torch.arange(len(a), device=a.device) + rank * len(a)
 
-        def one_way(x, others, own):
+        def one_way(x, others, own):  # x: a view of this rank, own: the same view of all ranks, others: the other view
             same = (x @ own.T).scatter(1, labels[:, None], -torch.inf)  # no row picks itself
-            return F.cross_entropy(torch.cat([x @ others.T, same], 1) / temperature, labels)  # [B, 2N]
+            return F.cross_entropy(torch.cat([x @ others.T, same], 1) / temperature, labels)  # logits [B, 2N]
 
         return (one_way(a, all_b, all_a) + one_way(b, all_a, all_b)) / 2
 
 
 def byol_loss(prediction, target):
-    """Mean over rows of 2 - 2 cos (Grill et al. 2020, equation 2). prediction, target [n, d]; the target gets no
-    gradient. Returns a scalar in at least fp32: 0 for equal directions, 2 for orthogonal rows, 4 for opposite ones. It
-    compares rows of this rank only, so the mean over ranks is exact."""
+    """Mean over rows of 2 - 2 cos(prediction, target) (Grill et al. 2020, equation 2). prediction, target [n, d]; the
+    target gets no gradient. Returns a scalar in at least fp32: 0 for equal directions, 2 for orthogonal rows, 4 for
+    opposite ones. Each row is compared with its own target only, so the mean over ranks is the loss of the whole
+    batch."""
     with torch.autocast(prediction.device.type, enabled=False):
         p, z = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (prediction, target.detach()))
         return (2 - 2 * F.cosine_similarity(p, z, dim=-1)).mean()
 
 
 class SyncBatchNorm(nn.Module):
-    """Batch norm of x [n, C] with the mean and variance of the rows of all ranks (n equal on all), in at least fp32,
-    also on a CPU, which PyTorch's refuses. It keeps no running statistics: only training needs the heads."""
+    """Batch norm of x [n, C] with the mean and variance of the rows of all ranks, in at least fp32. n is equal on all
+    ranks. It also runs on a CPU, where nn.SyncBatchNorm does not. It keeps no running statistics, because only training
+    needs the heads."""
 
     def __init__(self, width, eps=1e-5):
         super().__init__()
@@ -205,14 +213,14 @@ class SyncBatchNorm(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             h = x.to(torch.promote_types(x.dtype, torch.float32))
             h = h - gather(h.mean(0, keepdim=True)).mean(0)
-            variance = gather(h.square().mean(0, keepdim=True)).mean(0)  # two passes: E[x^2] - E[x]^2 cancels
+            variance = gather(h.square().mean(0, keepdim=True)).mean(0)  # E[x^2] - E[x]^2 would cancel
             return (h * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 
 @torch.no_grad()
 def update_ema(ema, online, momentum):
     """ema <- momentum * ema + (1 - momentum) * online, in place, for all parameters of two modules built alike.
-    momentum: a float, or a tensor [] so that the host need not wait. 1 leaves ema as it is, 0 copies."""
+    momentum: a float, or a tensor [], which the host need not wait for. 1 leaves ema as it is, 0 copies online."""
     for old, new in zip(ema.parameters(), online.parameters(), strict=True):
         old.lerp_(new, (1 - momentum).to(old.dtype) if torch.is_tensor(momentum) else 1 - momentum)
 
@@ -404,11 +412,11 @@ class ModifiedResNet(nn.Module):
 
 
 class MaskedVisionTransformer(VisionTransformer):
-    """A ViT that can run on some of its patches and that tells where its class token looks."""
+    """A ViT that can run on some of its patches, and that can tell where its class token looks."""
 
     def embed(self, images):
-        """As VisionTransformer.embed. For pictures of another size than the model's, positions are interpolated,
-        bilinear. That is our guess for A-CLIP-eff, which the paper only names and the released code lacks."""
+        """As VisionTransformer.embed, for pictures of any size. If it is not the model's, the positions are
+        interpolated (bilinear). That is our guess for A-CLIP-eff, which the released code lacks."""
         grid, own = images.shape[-1] // self.conv1.kernel_size[0], math.isqrt(len(self.positional_embedding) - 1)
         if grid == own:
             return super().embed(images)
@@ -419,8 +427,8 @@ class MaskedVisionTransformer(VisionTransformer):
         return self.ln_pre(torch.cat([class_token, patches], 1) + torch.cat([self.positional_embedding[:1], positions]))
 
     def class_token(self, images, keep=None):
-        """[n, 3, S, S] -> the class token before its projection [n, C]. keep [n, k]: the patches that enter the first
-        block, in any order, each with its position in the whole picture. None: all patches."""
+        """Normalised pictures [n, 3, S, S] -> the class token before its projection [n, C]. keep [n, k]: numbers of the
+        patches that enter the first block, in any order, each with its position in the picture; None for all."""
         x = self.embed(images)
         if keep is not None:
             keep = F.pad(keep + 1, (1, 0))  # token 0, the class token, stays
@@ -428,16 +436,17 @@ class MaskedVisionTransformer(VisionTransformer):
         return self.ln_post(self.transformer(x)[:, 0])
 
     def attend(self, images):
-        """[n, 3, S, S] -> class token [n, C] and score [n, P]: how much attention each patch gets from the class token,
-        mean over all layers and heads (released: MaskVisionTransformer.forward_features). Fused attention does not tell
-        its weights, so this writes out Block and Attention and computes the row of the class token once more."""
+        """Normalised pictures [n, 3, S, S] -> class token [n, C] and score [n, P]: how much attention each patch gets
+        from the class token, mean over all layers and heads. Fused attention does not return its weights. So this
+        method writes out Block and Attention, and computes the weights of the class token once more. In the released
+        code this is MaskVisionTransformer.forward_features."""
         x, score = self.embed(images), 0
         for block in self.transformer.resblocks:
             qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
             q, k, v = qkv.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # [n, heads, 1+P, 64] each
-            logits = (q[:, :, :1] @ k.mT).squeeze(2) / 8  # <q_class, k> / 8: [n, heads, 1+P]
+            logits = (q[:, :, :1] @ k.mT).squeeze(2) / 8  # <q_class, k> / 8, as a head is 64 wide: [n, heads, 1+P]
             weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-            score = score + weights.mean(1)[:, 1:]
+            score = score + weights.mean(1)[:, 1:]  # [n, P], without the class token's attention to itself
             x = x + block.attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
             x = x + block.mlp(block.ln_2(x))
         return self.ln_post(x[:, 0]), score / len(self.transformer.resblocks)
@@ -537,9 +546,10 @@ def build(source, cls=CLIP, **overrides):
 
 
 class ACLIP(CLIP):
-    """CLIP whose image tower can drop patches, with the heads of SimCLR and BYOL on its class token (none if
-    ssl_mlp_dim is 0). The patch weights stay as they were drawn, which keeps a ViT's training stable (MoCo v3)."""
-    image_tower = MaskedVisionTransformer  # released: timm's ViT, without the norm before the blocks
+    """CLIP whose image tower can drop patches, with the heads of SimCLR and BYOL on its class token. The heads have
+    hidden width ssl_mlp_dim; 0 means no heads. The weights of the patch embedding are not trained, which keeps a ViT's
+    training stable (MoCo v3)."""
+    image_tower = MaskedVisionTransformer  # the released code has timm's ViT, which has no norm before the blocks
 
     def __init__(self, *args, ssl_mlp_dim=4096, **kwargs):
         super().__init__(*args, **kwargs)
@@ -555,16 +565,17 @@ class ACLIP(CLIP):
                 for width in (C, 256))
 
     def forward(self, images, tokens, keep=None):
-        """Views [v*B, 3, S, S], view 1 first, tokens [B, L], patches to keep [v*B, k] or None for all -> unit
-        image_features [v*B, D], unit text_features [B, D], the factor s, SimCLR's projection and BYOL's prediction
-        [v*B, 256], or None for both."""
+        """images [v*B, 3, S, S]: one or two views, view 1 first. tokens [B, L]. keep [v*B, k]: numbers of the patches
+        to keep, or None for all. Returns unit image_features [v*B, D], unit text_features [B, D], the factor s, and
+        SimCLR's projection and BYOL's prediction, [v*B, 256] each. Without heads these two are None."""
         x = self.visual.class_token(images, keep)
         image_features, text_features = (
             F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1)
             for f in (x @ self.visual.proj, self.encode_text(tokens)))
         simclr, prediction = None, None
         if hasattr(self, "simclr"):
-            simclr, prediction = self.simclr(x), self.predictor(self.projector(x))  # of both views as one batch
+            # batch norm takes both views as one batch
+            simclr, prediction = self.simclr(x), self.predictor(self.projector(x))
         return image_features, text_features, self.logit_scale.exp(), simclr, prediction
 
 
@@ -583,12 +594,14 @@ AUGMENT = {  # By method: the range of the share of a picture's area that a crop
 
 
 def aclip_views(image, caption, rng, tokenizer, size, augment, views, ema_size, random_patches):
-    """One sample, made in a worker: image bytes and a caption -> dict of one or two views images, uint8 [v, 3, S, S],
-    their colour parameters colors [v, 8], the EMA tower's wide crop ema_images in its own colours, the three boxes [3,
-    4], tokens [L], and random masks keep [v, k] out of random_patches patches if that is not 0. All crops come from one
-    decoded picture. None is flipped, also where --augment flips, so that they map onto each other."""
+    """One sample, made in a worker from image bytes and a caption. rng: random.Random. Returns a dict: "images" are one
+    or two views, uint8 [v, 3, S, S]; "colors" [v, 8] are their colour parameters, if the augmentation changes colours;
+    "ema_images" is the wide crop for the EMA tower, in its own colours; "boxes" [3, 4] are those of three_crops;
+    "tokens" [L]; "keep" [v, k] are random masks of half of a view's random_patches patches, if that is not 0. No
+    crop is flipped, whatever augment says, because the boxes map the views onto the wide crop."""
     area, colors = AUGMENT[augment]
-    image = data.decode(image, (2 * size, 2 * size))  # a crop of half the area then has more than size pixels a side
+    # in a picture of this size a crop of half of the area has more than size pixels a side
+    image = data.decode(image, (2 * size, 2 * size))
     boxes = three_crops(image.size, rng, area)
     *crops, wide = boxes.tolist()
     sample = {"images": torch.stack([data.resize_crop(image, box, size) for box in crops[:views]]), "boxes": boxes,
@@ -602,8 +615,9 @@ def aclip_views(image, caption, rng, tokenizer, size, augment, views, ema_size, 
 
 
 def masks_picture(path, ema, preprocess, dataset, show=8):
-    """Writes the paper's figure from training pictures: what the EMA tower sees, the same with grey where its class
-    token looks little, and the views with grey in place of the patches that attentive masks drop."""
+    """Writes a picture with a row for each of some training samples: the wide crop that the EMA tower sees, the same
+    crop with grey where its class token looks little, and the views with grey in place of the patches that attentive
+    masks drop."""
     samples = [dataset[i, 0] for i in range(0, len(dataset), max(1, len(dataset) // show))][:show]
     wide, boxes = (torch.stack([sample[name] for sample in samples]).to(ema.logit_scale.device)
                    for name in ("ema_images", "boxes"))
@@ -615,7 +629,7 @@ def masks_picture(path, ema, preprocess, dataset, show=8):
     low, high = score.aminmax(dim=1, keepdim=True)
     light = ((score - low) / (high - low).clamp(min=1e-12)).cpu().unflatten(1, (math.isqrt(score.shape[1]), -1))
 
-    def shade(image, light):  # grey where light [g, g] is 0
+    def shade(image, light):  # light [g, g]: 1 leaves the picture as it is, 0 makes it grey
         return (128 + (image - 128.) * F.interpolate(light[None, None], image.shape[1:])[0]).byte()
 
     images, captions = [], []
@@ -629,19 +643,19 @@ def masks_picture(path, ema, preprocess, dataset, show=8):
 
 
 RECIPES = {  # batch size of all ranks together, warm-up in steps
-    # toy and small are ours. The captions of toy name colours, so its colours stay. The average follows within a few
-    # hundred steps: with m from .996 it stays near its start, where the masks are chance.
+    # toy and small are ours. The captions of toy name colours, so its colours stay. These runs have few steps: with m
+    # from .996 the EMA tower would stay near its start, where the masks are chance.
     "toy": dict(model="tiny", batch_size=128, epochs=48, lr=1e-3, warmup=50, weight_decay=.1, augment="clip",
                 ssl_mlp_dim=512, ema_momentum=.9, eval="toy-tune,toy", eval_every=6),
     "small": dict(model="tiny-4", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="aclip",
                   ssl_mlp_dim=512, ema_momentum=.9),
-    # Nothing is published for CC3M and CC12M; their epochs are SLIP's, their warm-up is one epoch.
+    # Nothing is published for CC3M and CC12M. Their epochs are SLIP's, and the warm-up is one epoch.
     "cc3m": dict(model="ViT-B-16", batch_size=4096, epochs=40, lr=5e-4, warmup=700, weight_decay=.5, augment="aclip",
                  ssl_mlp_dim=4096, ema_momentum=.996),
     "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="aclip",
                   ssl_mlp_dim=4096, ema_momentum=.996),
-    # The command in A-CLIP's README, which reports 43.9 % (it forgets the masks). The defaults of its flags differ: lr
-    # 3e-3 and weight decay .1.
+    # The values of the command in A-CLIP's README, which reports 43.9 %. The command leaves out the flag that turns the
+    # masks on. The released code's defaults are others: lr 3e-3 and weight decay .1.
     "yfcc15m": dict(model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5,
                     augment="aclip", ssl_mlp_dim=4096, ema_momentum=.996),
 }
@@ -685,7 +699,8 @@ def main(argv=None):
     for module in model.modules():
         if hasattr(module, "checkpoint_activations"):
             module.checkpoint_activations = args.checkpoint_activations
-    ema = copy.deepcopy(model).requires_grad_(False)  # the whole model, so that it can be tested; outside DDP
+    ema = copy.deepcopy(model).requires_grad_(False)  # of the whole model, so that it can be tested; outside DDP
+    # the released code's betas and eps, which are SLIP's
     optimizer = torch.optim.AdamW(
         param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -747,7 +762,7 @@ def main(argv=None):
             batches.epoch, batches.start = epoch, step % steps
             for batch in meter.watch(loader):
                 batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-                images, colors, keep = (  # [2B, ...], view 1 first; None where there are none
+                images, colors, keep = (  # [v*B, ...], view 1 first; None where the batch has none
                     batch[name].transpose(0, 1).flatten(0, 1) if name in batch else None
                     for name in ("images", "colors", "keep"))
                 if colors is not None:
@@ -757,7 +772,7 @@ def main(argv=None):
                         if args.mask == "attentive" or args.ssl:
                             class_token, score = ema.visual.attend(preprocess.normalize(batch["ema_images"]))
                         if args.mask == "attentive":
-                            keep = attentive_keep(score, batch["boxes"], grid)[:len(images)]
+                            keep = attentive_keep(score, batch["boxes"], grid)[:len(images)]  # of the views in use
                         if args.ssl:
                             target = ema.projector(class_token).repeat(2, 1)  # [2B, 256]
                     image_features, text_features, logit_scale, simclr, prediction = parallel(
@@ -766,7 +781,7 @@ def main(argv=None):
                 clip = torch.stack([clip_loss(x, text_features, logit_scale) for x in image_views]).mean()
                 ntxent = byol = clip.new_zeros(())
                 if args.ssl:
-                    ntxent = ntxent_loss(*simclr.chunk(2), .1)  # released: view 1 with itself, a slip
+                    ntxent = ntxent_loss(*simclr.chunk(2), .1)  # the released code compares view 1 with itself, a slip
                     byol = byol_loss(prediction, target)
                 loss = clip + ntxent + 2 * byol
                 losses = {"loss": loss, "clip": clip, "ntxent": ntxent, "byol": byol}
@@ -788,7 +803,7 @@ def main(argv=None):
                 with torch.no_grad():
                     model.logit_scale.clamp_(0, math.log(100))  # a clamp in the forward pass would stop the gradient
                 step += 1
-                momentum = lr_at(step, total, 0, args.ema_momentum, end=1.)
+                momentum = lr_at(step, total, 0, args.ema_momentum, end=1.)  # half a cosine up to 1
                 update_ema(ema, model, torch.where(good, momentum, 1.))
 
                 # meter.row makes the host wait for the device, so it is not called in every step. After SIGTERM one
@@ -859,11 +874,11 @@ def parse_args(argv=None):
     add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group(
-        "A-CLIP (--mask none --views 1 --ssl 0 is CLIP; with --mask random FLIP)").add_argument
-    # released: masks are off unless a flag is given, which its README's command leaves out
+        "A-CLIP (--mask none --views 1 --ssl 0 is CLIP; with --mask random it has FLIP's masks)").add_argument
+    # In the released code masks are off unless a flag is given, which the command in its README leaves out.
     add("--mask", choices=("attentive", "random", "none"), default="attentive",
         help="which half of the patches the trained tower sees")
-    add("--views", type=int, choices=(1, 2), default=2, help="masked views of a picture")
+    add("--views", type=int, choices=(1, 2), default=2, help="number of views of a picture for the trained tower")
     add("--ssl", type=int, choices=(0, 1), default=1, help="1: SimCLR between views, BYOL from each to the EMA tower")
     add("--ssl-mlp-dim", type=positive, help="hidden width of the heads of these two losses")
     add("--ema-momentum", type=float, help="momentum of the average in the first step; it rises to 1 by half a cosine")

@@ -1,37 +1,39 @@
-"""ProtoCLIP: CLIP that also learns clusters. Clusters of one modality, found by K-means, teach the other modality.
+"""ProtoCLIP: CLIP that also learns clusters. Clusters of one modality, found by K-means, teach the other.
 
-The idea. CLIP pushes a picture away from every caption but its own, even where both show a dog. ProtoCLIP adds a task
-about clusters of pairs. It trains in episodes of m random pairs. First the model extracts their features, and K-means
-finds K = m / 10 clusters of pictures and K of captions. Then it trains on these pairs. Beside CLIP's task, each picture
-must tell the cluster of its caption, and each caption the cluster of its picture. For this a picture is not compared
-with captions, but with the mean picture of each cluster of captions, so the modalities need not lie in one place. This
-is prototypical back translation. Clusters may also come from an external teacher, such as a language model.
+The idea. CLIP pushes a picture away from every caption but its own, even if both show a dog. ProtoCLIP adds a task
+about clusters of pairs. It trains in episodes of m random pairs, with two passes over each episode. The first pass only
+extracts features; K-means then finds K = m/10 clusters of pictures and K of captions. The second pass trains. Beside
+CLIP's task, each picture must tell the cluster of its caption, and each caption that of its picture. For this a picture
+is compared not with captions, but with the mean picture of each cluster of captions, so the modalities need not lie in
+one place. This is prototypical back translation. An external teacher, such as a language model, may add its own
+clusters.
 
-The loss. The student is the modality that learns; the teacher's clusters are what it learns. h_i is the student's unit
-feature of pair i, behind a projection head. t_i is the teacher's cluster of pair i, and the rows of C are the teacher's
-centroids. r is a learned scale beside CLIP's, and tau is --target-temperature.
+The loss. The student is the modality that learns; the teacher is the other modality or the external teacher. h_i is the
+student's unit feature of pair i, behind a projection head. t_i is the teacher's cluster of pair i, and C_k is the
+teacher's centroid of cluster k. r = exp(logit_scale_proto) is a second learned scale. tau is --target-temperature.
 
-    D_k = mean of the h_i with t_i = k              the student's centroids
-    T = softmax(C C' / tau) D, by rows              the targets; for the external teacher T = D
+    D_k  = mean of the extracted h_i with t_i = k        the student's centroids
+    q_tk = softmax over k of <C_t, C_k> / tau            the soft targets of cluster t
+    T_t  = sum_k q_tk D_k                                for the external teacher T = D
     P(student; teacher) = mean_i [ log sum_k exp(r <h_i, D_k>) - r <h_i, T_(t_i)> ]
-    L = L_clip + w_proto / 2 [P(image; text) + P(text; image)]
-               + w_external / 2 [P(image; external) + P(text; external)]
+    L = L_clip + w_proto/2 [P(image; text) + P(text; image)]
+               + w_external/2 [P(image; external) + P(text; external)]
 
-P is the cross-entropy with the soft targets q = row t_i of softmax(C C' / tau), because sum_k q_k <h_i, D_k> = <h_i,
-T_(t_i)>. D, T and t are constants of an episode.
+P is the cross-entropy of the logits r <h_i, D_k> with the targets q of cluster t_i. D, T and t come from the first pass
+and are constants of the second.
 
-What it costs and brings. Extraction is one more forward pass over each pair, 33 % more FLOPs with RN50. Each pair is
-decoded twice, and the authors' runs took 1.8 times CLIP's time. On 2.5 M pairs of CC3M, with RoBERTa as external
-teacher, they report 21.5 % zero-shot on ImageNet (CLIP: 19.5). Their CLIP had weaker augmentation; --w-proto 0 is the
-fair baseline. In small runs here it needs .4 to .7 of CLIP's time, with the captions' words as teacher.
+What it costs and brings. The first pass adds 33 % to the FLOPs, and each pair is decoded twice. On one GPU the authors'
+runs took 1.8 times CLIP's time. On 2.5 M pairs of CC3M, with RoBERTa as external teacher, they report 21.5 % zero-shot
+on ImageNet (CLIP: 19.5). Their CLIP had weaker augmentation; --w-proto 0 is the fair baseline. In small runs here
+ProtoCLIP with --teacher-features captions reaches CLIP's recall in .4 to .7 of the time.
 
 How to run. tests/RESULTS.md says how to make roberta.npy.
-    python protoclip.py                                                       built-in pictures, any machine, minutes
-    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy    or captions, for their words
-    torchrun --nproc_per_node=8 protoclip.py --data cc3m --w-proto 0 --out runs/baseline   CLIP, same pictures
+    python protoclip.py                                                       built-in pictures, minutes
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --w-proto 0 --out runs/baseline   CLIP on the same pictures
 
-Sources: Chen et al. 2023, ProtoCLIP (arXiv 2206.10996), github.com/megvii-research/protoclip. "The authors" are their
-README and code; the paper's body was not at hand.
+Sources: Chen et al. 2023 (arXiv 2206.10996), github.com/megvii-research/protoclip. "The authors" are their README and
+code; the paper's body was not at hand.
 """
 import argparse
 import json
@@ -105,24 +107,24 @@ def clip_loss(image_features, text_features, logit_scale):
 # prototypes
 
 def sample_episode(seed, episode, size, length):
-    """Numbers of the pairs of an episode: int64 [size] out of range(length), uniform, with replacement. They depend on
-    the arguments only, so they are the same on all ranks and after a restart. In the released code (training/data.py)
-    they depend on NumPy's global generator."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + episode)
+    """Numbers of the pairs of an episode: int64 [size], drawn evenly from range(length), with replacement. They depend
+    on the arguments only, so they are the same on all ranks and after a restart. The released code (training/data.py)
+    draws them from NumPy's global generator, whose state it does not save."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + episode)  # different for each seed and episode
     return torch.randint(length, (size,), generator=generator)
 
 
 @torch.no_grad()
 def kmeans(x, k, iters=20, restarts=3, seed=0):
     """K-means by Lloyd's algorithm, with the rules of faiss.Kmeans, which the released code calls
-    (training/clustering.py). Distances are Euclidean, and centroids are plain means, also of unit rows. Equal captions
-    make equal rows, so a cluster can run empty: then it moves beside another, which is drawn by its size. The best of
-    some restarts counts.
+    (training/clustering.py). The random draws are ours. Distances are Euclidean. Centroids are plain means, also of
+    unit rows. Equal captions make equal rows, so a cluster can run empty. It then moves beside another cluster, which
+    is drawn with a probability proportional to its count less one. The restart with the smallest objective counts.
 
-    x: rows [n, d] of this rank, which are rows r, r + W, ... of the whole on rank r. All ranks call it; they exchange
-    only sums, in float64. The released code runs it on one rank.
-    Returns the labels [n] of these rows, the centroids [k, d], and the objective, a float: the sum of the squared
-    distances of all rows to these centroids. ValueError if there are fewer than k rows in all.
+    x: rows [n, d] of this rank. On rank r they are the rows r, r + W, ... of the whole. All ranks call it. They
+    exchange the k rows to start from, and the sums over each cluster in float64. The released code clusters on rank 0.
+    Returns the labels [n] of these rows, the centroids [k, d], and the objective, a float: the sum over all rows of the
+    squared distance to the nearest centroid. ValueError if there are fewer than k rows in all.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     parallel = dist.is_available() and dist.is_initialized()
@@ -136,38 +138,39 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
 
     def nearest(centroids):  # -> labels [n], squared distances [n]
         norms = centroids.square().sum(1)
-        with torch.autocast(x.device.type, enabled=False):  # |x|^2 is left out: it is the same for all centroids
-            labels = torch.cat([torch.addmm(norms, rows, centroids.T, alpha=-2).argmin(1) for rows in x.split(4096)])
+        with torch.autocast(x.device.type, enabled=False):  # |x|^2 is left out of |x - c|^2: it is the same for all c
+            labels = torch.cat([torch.addmm(norms, part, centroids.T, alpha=-2).argmin(1) for part in x.split(4096)])
         return labels, (x - centroids[labels]).square().sum(1)
 
-    rows = int(total(torch.tensor(len(x), device=x.device)))
+    rows = int(total(torch.tensor(len(x), device=x.device)))  # of all ranks
     if k > rows:
         raise ValueError(f"{rows} rows cannot make {k} clusters")
     best = None
     for restart in range(restarts):
         generator = torch.Generator().manual_seed(seed + restart)  # the same on all ranks
         picked = torch.randperm(rows, generator=generator)[:k].to(x.device)  # rows to start from
-        centroids, mine, last = x.new_zeros(k, x.shape[1]), picked % world == rank, None
-        centroids[mine] = x[picked[mine] // world]  # row p of the whole is row p // W of rank p % W
-        total(centroids)
+        mine = picked % world == rank  # row p of the whole is row p // W of rank p % W
+        centroids, last = x.new_zeros(k, x.shape[1]), None
+        centroids[mine] = x[picked[mine] // world]
+        total(centroids)  # each centroid is 0 on all ranks but one
         for _ in range(iters):
             labels, distances = nearest(centroids)
-            sums = torch.cat([x, x.new_ones(len(x), 1), distances[:, None]], 1).double()
-            sums = total(sums.new_zeros(k, sums.shape[1]).index_add_(0, labels, sums))  # [k, d+2]
+            columns = torch.cat([x, x.new_ones(len(x), 1), distances[:, None]], 1).double()  # [n, d+2]
+            sums = total(columns.new_zeros(k, columns.shape[1]).index_add_(0, labels, columns))  # [k, d+2]
             count, objective = sums[:, -2], sums[:, -1].sum().item()
-            if objective == last:  # no label has changed
+            if objective == last:  # converged
                 break
             last, centroids = objective, (sums[:, :-2] / count.clamp(min=1)[:, None]).to(x.dtype)
             empty = (count == 0).nonzero()[:, 0]
-            if len(empty):  # each takes the centroid of a large cluster, and the two move a little apart
+            if len(empty):  # each takes the centroid of another cluster, and the two move a little apart
                 spare = (count - 1).clamp(min=0).cpu()
-                few = int((spare > 0).sum()) < len(empty)
+                few = int((spare > 0).sum()) < len(empty)  # then one donor may serve several
                 donors = torch.multinomial(spare, len(empty), replacement=few, generator=generator).to(x.device)
                 centroids[empty] = centroids[donors] * (1 + split)
                 centroids[donors] = centroids[donors] * (1 - split)
         labels, distances = nearest(centroids)
         objective = total(distances.double().sum()).item()
-        # The authors compare restarts by the objective one iteration before the last.
+        # faiss compares restarts by the objective before the last update of the centroids.
         if best is None or objective < best[2]:
             best = labels, centroids, objective
     return best
@@ -178,12 +181,12 @@ def cluster_means(x, labels, k):
     """Prototypical back translation: the mean of a student's rows in each of a teacher's clusters (released code:
     training/clustering.py).
 
-    x: rows [n, d] of this rank; labels [n] in range(k). Returns the means over all ranks [k, d], not of unit norm. A
-    cluster without a row has a row of zeros, whose logit is 0.
+    x: rows [n, d] of this rank. labels [n] in range(k): their clusters. Returns the means [k, d] over the rows of all
+    ranks, not of unit norm. The mean of an empty cluster is 0, and so is its logit in proto_loss.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    sums = torch.cat([x, x.new_ones(len(x), 1)], 1).double()
-    sums = sums.new_zeros(k, sums.shape[1]).index_add_(0, labels, sums)
+    columns = torch.cat([x, x.new_ones(len(x), 1)], 1).double()  # [n, d+1]
+    sums = columns.new_zeros(k, columns.shape[1]).index_add_(0, labels, columns)  # [k, d+1], the last column counts
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
     return (sums[:, :-1] / sums[:, -1:].clamp(min=1)).to(x.dtype)
@@ -191,12 +194,12 @@ def cluster_means(x, labels, k):
 
 @torch.no_grad()
 def expected_target(teacher_centroids, student_centroids, temperature):
-    """Targets T [k, d] of the teacher's clusters: the student's centroids [k, d], averaged with the weights
-    softmax(C C' / temperature), where C are the teacher's centroids [k, e]. Neither has unit norm.
+    """Targets T [k, d] of a teacher's clusters. Row t is the mean of the student's centroids D [k, d] with the weights
+    q_t, row t of softmax(C C^T / temperature). C [k, e] are the teacher's centroids. Neither C nor D has unit norm.
 
-    At temperature .01 a target is close to the student's centroid of the same cluster, except where the teacher has
-    several clusters close together, which K-means may have cut by chance. temperature <= 0: hard targets, the student's
-    centroids themselves. The released code (training/loss.py) makes the weights in every step.
+    At temperature .01 the target of a cluster is close to the student's centroid of that cluster. Where clusters of the
+    teacher lie close together, perhaps because K-means has cut one group, their targets are mixtures. A temperature
+    <= 0 gives hard targets, T = D. The released code (training/loss.py) makes the weights in every step.
     """
     with torch.autocast(student_centroids.device.type, enabled=False):
         C, D = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (teacher_centroids, student_centroids))
@@ -208,38 +211,40 @@ def expected_target(teacher_centroids, student_centroids, temperature):
 def proto_loss(features, student_centroids, target, labels, logit_scale):
     """P of this file's docstring: cross-entropy of a student's features over its centroids, with soft targets.
 
-    features: unit rows [B, d]; student_centroids [k, d]; target [k, d], of expected_target; labels [B]: the teacher's
-    cluster of each row; logit_scale: the factor r itself. Returns a scalar in at least fp32, also under autocast.
-    Features that say nothing have the loss ln k. It is a mean over this rank's rows against constants, so the mean over
-    ranks is the loss of the whole batch, and no rank needs another's features. The released code (training/loss.py)
-    gathers them without gradient and scores all of them on each rank.
+    features: unit rows [B, d]. student_centroids [k, d]: D. target [k, d]: T, of expected_target. labels [B]: the
+    teacher's cluster of each row. logit_scale: the factor r itself, not its log. Returns a scalar in at least fp32,
+    also under autocast. If all logits are equal, it is ln k. Each row is compared with constants only, so no rank needs
+    the features of another, and the mean over ranks is the loss of the whole batch. The released code
+    (training/loss.py) gathers the features without gradient, and each rank scores all of them.
     """
     with torch.autocast(features.device.type, enabled=False):
         h, D, T = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (features, student_centroids, target))
+        # the cross-entropy is linear in the targets: sum_k q_tk <h, D_k> = <h, T_t>
         return ((logit_scale * h @ D.T).logsumexp(1) - logit_scale * (h * T[labels]).sum(1)).mean()
 
 
 def projection_head(dim, hidden, out):
-    """The head between a tower and its clusters (released code: open_clip/model.py): [B, dim] -> [B, out], not of unit
-    norm. Its batch norm uses the statistics of its own rank."""
+    """The projection head behind a tower, with the layers of the released code (open_clip/model.py): [B, dim] ->
+    [B, out], not of unit norm. Its batch norm uses the statistics of its own rank, as there."""
     return nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
 def caption_features(ids, vocab, dim=64):
-    """Features of captions without any model: unit rows of TF-IDF over their tokens, reduced by a randomised SVD. They
-    are ours; the authors have RoBERTa's.
+    """Features of captions for an external teacher that needs no model: TF-IDF of the tokens in rows of unit norm,
+    reduced to dim columns by a randomised SVD. This teacher is ours; the authors have RoBERTa.
 
-    ids: a list of M lists of token ids below vocab. Returns float32 [M, dim], fewer columns where M or vocab is less.
+    ids: a list of M lists of token ids below vocab. Returns float32 [M, dim], not of unit norm, with fewer columns
+    if M or vocab is less.
     """
-    row = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(words) for words in ids]))
-    token = torch.tensor([token for words in ids for token in words], dtype=torch.int64)
+    row = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(caption) for caption in ids]))
+    token = torch.tensor([token for caption in ids for token in caption], dtype=torch.int64)
     shape, ones = (len(ids), vocab), torch.ones(len(row))
     counts = torch.sparse_coo_tensor(torch.stack([row, token]), ones, shape, check_invariants=True).coalesce()
-    row, token = counts.indices()
-    weight = counts.values() * torch.log(len(ids) / token.bincount(minlength=vocab)[token])
+    row, token = counts.indices()  # now each token of a caption once
+    weight = counts.values() * torch.log(len(ids) / token.bincount(minlength=vocab)[token])  # tf * log(M / df)
     norm = torch.zeros(len(ids)).index_add_(0, row, weight.square()).sqrt()
     tfidf = torch.sparse_coo_tensor(counts.indices(), weight / norm[row].clamp(min=1e-12), shape, check_invariants=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # svd_lowrank draws from the global generator
         torch.manual_seed(0)
         u, s, _ = torch.svd_lowrank(tfidf, min(dim, len(ids), vocab))
     return u * s
@@ -525,8 +530,8 @@ def build(source, cls=CLIP, **overrides):
 
 
 class ProtoCLIP(CLIP):
-    """CLIP with a projection head behind each tower, used only in training. The heads start equal. proto_loss has a
-    scale of its own, logit_scale_proto, because its softmax has K classes and CLIP's has N."""
+    """CLIP with a projection head behind each tower, and with a second scale, r = exp(logit_scale_proto), for
+    proto_loss. Only training uses them. The two heads start equal, as in the released code."""
 
     def __init__(self, embed_dim, proj_hidden=2048, proj_dim=128, **sizes):
         super().__init__(embed_dim, **sizes)
@@ -535,8 +540,8 @@ class ProtoCLIP(CLIP):
         self.logit_scale_proto = nn.Parameter(torch.tensor(math.log(1 / .07)))
 
     def forward(self, images, tokens):
-        """Images [B, 3, S, S], tokens [B, L] -> unit rows image_features, text_features [B, D], unit rows h_image,
-        h_text [B, d] behind the heads, and the factors s and r. The heads take features that are not of unit norm."""
+        """Images [B, 3, S, S], tokens [B, L] -> unit rows image_features and text_features [B, D], unit rows h_image
+        and h_text [B, d] behind the heads, and the factors s and r. What enters the heads is not of unit norm."""
         x, y = self.encode_image(images), self.encode_text(tokens)
         image_features, text_features, h_image, h_text = (
             F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1)
@@ -547,9 +552,10 @@ class ProtoCLIP(CLIP):
 # episodes
 
 def plan_episodes(pairs, batch_size, epochs, episode_size, prototypes, warmup):
-    """Cuts the size m of an episode to the data's and to whole batches, and the number K of prototypes to m / 10.
-    Returns m, K, the steps of an episode, and the steps of the run, which is as many episodes as come nearest to the
-    epochs. SystemExit if there is no prototype or the warm-up has too many steps."""
+    """Returns the size m of an episode, the number K of prototypes, the steps of an episode and the steps of the run.
+    m is at most the number of pairs, and a multiple of the batch size. K is at most m / 10. The run has as many
+    episodes as come nearest to its epochs, at least one. SystemExit if K would be 0, or if the warm-up is no shorter
+    than the run."""
     # The authors also cluster an incomplete last batch, on which they do not train.
     episode_size = min(episode_size, pairs) // batch_size * batch_size
     prototypes = min(prototypes, episode_size // 10)
@@ -565,12 +571,15 @@ def plan_episodes(pairs, batch_size, epochs, episode_size, prototypes, warmup):
 
 
 class Episode(nn.Module):
-    """The constants of an episode of m pairs, as buffers, so that they join the checkpoint. It stands outside DDP,
-    which would broadcast them in each step. A place is a number in range(m); a pair that is drawn twice has two.
+    """The constants of an episode of m pairs, as buffers, so that they join the checkpoint. The module stands outside
+    DDP, which would broadcast them in each step.
 
-    The loss has 2 terms, or 4 with an external teacher: 0 image taught by text, 1 text taught by image, 2 and 3 image
-    and text taught by the external teacher. samples [m]: the number in the data set of the pair at each place; labels
-    [terms, m]: the teacher's cluster of each place; centroids, targets [terms, K, d]: D and T of each term.
+    Places 0 to m - 1 number the pairs of the episode in the order in which training takes them. A pair that is drawn
+    twice has two places. The loss has 2 terms, or 4 with an external teacher. In term 0 the text teaches the image, in
+    term 1 the image the text; in terms 2 and 3 the external teacher teaches image and text.
+
+    samples [m]: the number in the data set of the pair at each place. labels [terms, m]: the teacher's cluster of each
+    place. centroids, targets [terms, K, d]: D and T of each term.
     """
 
     def __init__(self, size, prototypes, dim, external=False):
@@ -586,14 +595,16 @@ class Episode(nn.Module):
     def find_prototypes(self, h_image, h_text, samples, teacher, iters, restarts, temperature, seed):
         """Clusters the pairs of an episode and fills the buffers, which become equal on all ranks.
 
-        h_image, h_text [m/W, d], samples [m/W]: this rank's, as extract_features returns them. teacher: the external
-        teacher's features of the whole data set, an array [M, any], or None. iters, restarts, seed: of kmeans;
-        temperature: of expected_target. Returns seconds and mean squared distances to the centroids, for the log.
+        h_image, h_text [m/W, d], samples [m/W]: of this rank, as extract_features returns them. teacher: None, or the
+        external teacher's features of all M pairs of the data set, an array [M, any]. iters, restarts and seed go to
+        kmeans, temperature goes to expected_target. Returns a dict for the log: the seconds of clustering, and for each
+        modality the mean squared distance to the nearest centroid.
         """
         start, k, m = time.perf_counter(), self.centroids.shape[1], len(self.samples)
         with evaluator.full_fp32():
             by_image, C_image, image_objective = kmeans(h_image, k, iters, restarts, seed)
             by_text, C_text, text_objective = kmeans(h_text, k, iters, restarts, seed)
+            # of each term: the student's features, the teacher's labels and centroids, tau
             terms = [(h_image, by_text, C_text, temperature), (h_text, by_image, C_image, temperature)]
             if teacher is not None:
                 features = torch.from_numpy(teacher[samples.cpu().numpy()]).to(h_image.device, torch.float32)
@@ -612,12 +623,12 @@ class Episode(nn.Module):
 
 @torch.no_grad()
 def extract_features(model, loader, augment, preprocess, amp, rank, world):
-    """Features of the pairs of an episode, of its places rank, rank + W, ...: unit rows h_image, h_text [m/W, d] behind
-    the heads, and the numbers of the pairs in the data set, samples [m/W]. All ranks call it.
+    """The first pass over an episode. Returns the features behind the heads at the places rank, rank + W, ...: unit
+    rows h_image and h_text [m/W, d], and samples [m/W], the numbers of these pairs in the data set. All ranks call it.
 
-    model: runs in eval mode, and in DDP, which gives all ranks the running statistics of rank 0, if there are several
-    ranks. loader: of the batches of the episode. augment: data.augment, perhaps compiled. amp: dtype of autocast, or
-    None.
+    model: a ProtoCLIP, which runs in eval mode. With several ranks it is inside DDP, which gives all ranks the running
+    statistics of rank 0. loader: gives the batches of the episode. augment: data.augment, perhaps compiled. amp: dtype
+    of autocast, or None.
     """
     device, rows = next(model.parameters()).device, []
     model.eval()
@@ -627,23 +638,25 @@ def extract_features(model, loader, augment, preprocess, amp, rank, world):
             images = augment(images, batch["colors"].to(device, non_blocking=True))
         with torch.autocast(device.type, amp, enabled=amp is not None):
             _, _, h_image, h_text, _, _ = model(preprocess.normalize(images), tokens)
+        # kmeans wants place p on rank p % W. So its starting rows are the same places for any number of ranks.
         rows.append([gather(x)[rank::world] for x in (h_image, h_text, batch["index"].to(device))])
     model.train()
     h_image, h_text, samples = map(torch.cat, zip(*rows))
-    # in fp16 a new RN50 may overflow in eval mode, where its batch norms still have the statistics 0 and 1
+    # with --warmup-episodes 0 the batch norms of an RN50 still have mean 0 and variance 1, and fp16 may overflow
     return h_image.nan_to_num(0, 0, 0), h_text.nan_to_num(0, 0, 0), samples
 
 
 def open_teacher(path, dataset, tokenizer, out, rank, anew):
-    """The external teacher's features, an array [M, any] that stays on disk, row i for pair i of the data set. path: a
-    .npy file, or None, which is returned, or "captions": then rank 0 makes teacher.npy in the folder out, if it is not
-    there or anew is true. All ranks call it. SystemExit if the file cannot be written or does not fit."""
+    """The external teacher's features: an array [M, any] that stays on disk, whose row i belongs to pair i of the data
+    set; None if path is None. path: a .npy file, or "captions". For "captions" rank 0 makes teacher.npy in the folder
+    out, if the file is not there or anew is true. All ranks call it. SystemExit if the file cannot be written or does
+    not fit the data set."""
     if path is None:
         return None
     if path == "captions":
         path = Path(out, "teacher.npy")
-        # Rank 0 takes two minutes a million pairs, and NCCL gives up on a rank after ten minutes. So the others wait
-        # in a group with another limit.
+        # Rank 0 takes two minutes for a million pairs, and NCCL gives up on a rank after ten minutes. So the other
+        # ranks wait in a process group with a longer limit.
         waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if dist.is_initialized() else None
         if rank == 0 and (anew or not path.exists()):
             try:
@@ -713,8 +726,9 @@ def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
 
 
 def prototype_picture(out, dataset, episode, size, rows=12, members=5):
-    """Once there are clusters, writes image-prototypes.png and text-prototypes.png into the folder out: a row for each
-    of the largest clusters, with some of its pairs, its number and its count. size: side of a picture in pixels."""
+    """Writes image-prototypes.png and text-prototypes.png into the folder out, once there are clusters. Each row shows
+    some pairs of one of the largest clusters. Their captions begin with the cluster's number and count. size: side of a
+    picture in pixels."""
     if not episode.centroids.any():
         return
     samples = episode.samples.cpu()
@@ -737,12 +751,12 @@ RECIPES = {  # batch size of all ranks together, warm-up in steps; K = m / 10 as
     "small": dict(
         model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="protoclip",
         episode_size=20_000, prototypes=2000, warmup_episodes=1),
-    # README of the released code, on 8 GPUs and 2.5 M of the pairs. On one GPU it has batch 64, lr 5e-5, warm-up 2000
-    # and 8 epochs, and reaches 14.5 % (CLIP: 12.3).
+    # README of the released code, for 8 GPUs and 2.5 M of the pairs: 21.5 % (CLIP: 19.5). Its run on one GPU has batch
+    # 64, lr 5e-5, warm-up 2000 and 8 epochs, and reaches 14.5 % (CLIP: 12.3).
     "cc3m": dict(
         model="RN50", batch_size=512, epochs=32, lr=5e-4, warmup=15_625, weight_decay=.5, augment="protoclip",
         episode_size=200_000, prototypes=20_000, warmup_episodes=1),
-    # No recipe was released: clip.py's, with the episodes of cc3m.
+    # No recipe was released. These are clip.py's values, with the augmentation and the episodes of cc3m.
     "cc12m": dict(
         model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="protoclip",
         episode_size=200_000, prototypes=20_000, warmup_episodes=1),
@@ -759,6 +773,7 @@ def main(argv=None):
     # data
     dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
     epoch_steps = fill_in(args, dataset, world, device)
+    # steps: of an episode; total: of the run
     args.episode_size, args.prototypes, steps, total = plan_episodes(
         len(dataset), args.batch_size, args.epochs, args.episode_size, args.prototypes, args.warmup)
     args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
@@ -782,7 +797,7 @@ def main(argv=None):
             module.checkpoint_activations = args.checkpoint_activations
     if isinstance(model.visual, ModifiedResNet):
         model.visual.to(memory_format=torch.channels_last)
-    # the authors' values, for ResNets and for ViTs; their heads have no weight decay
+    # The authors' betas and eps differ between ResNets and ViTs. Their heads have no weight decay.
     betas, eps = ((.9, .999), 1e-8) if isinstance(model.visual, ModifiedResNet) else ((.9, .98), 1e-6)
     optimizer = torch.optim.AdamW(
         param_groups(model, args.weight_decay, ("image_head.", "text_head.")), args.lr, betas, eps, fused=True)
@@ -817,10 +832,11 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """After an episode in which tests are due, or at the start of a run that was killed before them."""
+        """Tests the model after an episode with tests due, or at the start of a run that was killed before them."""
         nonlocal tested, best
-        due = args.eval_every * epoch_steps  # steps between tests
-        if step % steps or step == tested or (step // due == (step - steps) // due and step < total):
+        period = args.eval_every * epoch_steps  # tests are due in the episode that completes a period
+        due = step % steps == 0 and (step // period > (step - steps) // period or step == total)
+        if not due or step == tested:
             return
         tests = args.eval.split(",") if args.eval else []
         results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
@@ -857,7 +873,7 @@ def main(argv=None):
                 row = episode.find_prototypes(h_image, h_text, samples, teacher, args.kmeans_iters,
                                               args.kmeans_restarts, args.target_temperature, args.seed)
                 row["extract_seconds"] = time.perf_counter() - meter.start - row["cluster_seconds"]
-                if rank == 0:  # a line of the next step, because a run that resumes here clusters again
+                if rank == 0:  # under the next step: a run that resumes here clusters again and drops this line
                     write_log(args.out, step=step + 1, episode=number, **row)
                 meter.clear(step)
             batches.start, batches.stream = step % steps, 0
@@ -974,19 +990,19 @@ def parse_args(argv=None):
     add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("ProtoCLIP").add_argument
-    add("--episode-size", type=positive, help="m, pairs between two clusterings; at most all, in whole batches")
-    add("--prototypes", type=positive, help="K, clusters of each modality; at most a tenth of the episode")
-    add("--kmeans-iters", type=positive, default=20)
-    add("--kmeans-restarts", type=positive, default=3)
+    add("--episode-size", type=positive, help="m, pairs of an episode; cut to all pairs and to whole batches")
+    add("--prototypes", type=positive, help="K, clusters of each modality; cut to a tenth of the episode")
+    add("--kmeans-iters", type=positive, default=20, help="steps of K-means, at most")
+    add("--kmeans-restarts", type=positive, default=3, help="runs of K-means, of which the best counts")
     add("--target-temperature", type=float, default=.01, help="tau of the soft targets; 0: hard targets")
     add("--w-proto", type=float, default=1., help="weight of what the other modality's clusters teach")
     add("--w-external", type=float, default=1., help="weight of what the clusters of --teacher-features teach")
-    add("--teacher-features", help="the external teacher: a .npy [pairs, any] in the order of the data, or captions, "
-        "features made of the captions' words (default: none)")
-    add("--warmup-episodes", type=int, help="first episodes, which have CLIP's loss only")
+    add("--teacher-features", help="the external teacher: a .npy [pairs, any] in the order of the data, or the word "
+        "captions for features made of the captions' words (default: no external teacher)")
+    add("--warmup-episodes", type=int, help="how many episodes at the start have CLIP's loss only")
     add("--proj-hidden", type=positive, default=2048, help="width of the projection heads")
     add("--proj-dim", type=positive, default=128, help="dimensions of the features that are clustered")
-    add("--clip-grad", type=float, default=10., help="largest norm of the gradient")
+    add("--clip-grad", type=float, default=10., help="a gradient of a larger norm is scaled down to this norm")
     return parser.parse_args(argv)
 
 
