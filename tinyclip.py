@@ -1,37 +1,37 @@
 """TinyCLIP: a small CLIP that inherits its weights from a large one and mimics the large one's image-text affinities.
 
-The idea. A trained teacher knows more of a batch than which caption belongs to which picture: it knows how close every
-caption is to every picture. The student learns these rows of similarities in place of labels (affinity mimicking). And
-it starts as a part of the teacher (weight inheritance). By hand, that part is the leading heads and channels of every
-k-th layer. With --auto, gates on heads and channels learn under a budget what to keep; the rest is cut out. A quarter
-of the size is reached in stages: each inherits from the last student and mimics the first teacher.
+The idea. A trained teacher knows more about a batch than its pairs: it knows how close every caption is to every
+picture. The student learns these similarities in place of labels (affinity mimicking). It also starts as a part of the
+teacher (weight inheritance). By hand, that is the leading heads and channels of some layers. With --auto, gates on
+heads and channels learn under a budget what to keep, and the rest is cut out. A quarter of the size is reached in
+stages: each inherits from the student before, but mimics the first teacher.
 
-The loss. x and y are the student's unit features of pictures and captions, u and v the teacher's; s = 50 is one fixed
-scale for both (--logit-scale). The weight alpha is 1 by default (--alpha), so no label is used.
+The loss. The rows of x and y are the student's unit features of pictures and captions, those of u and v the teacher's.
+s = 50 (--logit-scale) is one fixed scale for both. clip is CLIP's loss. alpha is 1 by default (--alpha), so no label is
+used.
 
     A = softmax of the rows of s x y^T        A* = softmax of the rows of s u v^T
     affinity = 1/2 [ mean_i -sum_j A*_ij log A_ij  +  the same with x and y, u and v swapped ]
     L = alpha affinity + (1 - alpha) clip
 
-Only N x N affinities are compared, so the teacher's features may have another dimension.
+The gates. A gate z multiplies the output of its head or channel. It is drawn once a step, for the whole batch, from a
+learned logit a and noise r, uniform in (0, 1):
 
-The gates. A gate has a logit a. One draw a step serves the whole batch, equal on all ranks, with u uniform in (0, 1):
-
-    z = clip(1.2 sigmoid((logit(u) + a) / (2/3)) - .1, 0, 1)        P(z > 0) = sigmoid(a - 2/3 ln(.1/1.1))
+    z = clip(1.2 sigmoid((logit(r) + a) / (2/3)) - .1, 0, 1)        P(z > 0) = sigmoid(a - 2/3 ln(.1/1.1))
     L += l1 h + l2 h^2        h = max(0, target - removed)
 
-removed is the share of attention and FFN weights expected to be gone, by P(z > 0). target rises to --auto over
+removed is the share of attention and FFN weights that P(z > 0) expects to be gone. target rises to --auto within
 --sparsity-warmup steps. The multipliers l1 and l2 are maximised: they grow while too little is gone. After --prune-step
-steps z without noise is multiplied into the weights and zeros are cut out; what is left trains on.
+steps, z without noise is multiplied into the weights, and zeros are cut out. The rest trains on.
 
-What it brought (authors' README, zero-shot ImageNet): 63.5 % for ViT-39M-16-Text-19M on YFCC15M. On LAION-400M, from a
-ViT-B-32 with 65.6 %, gates that leave 75, 50 and 25 %: 63.9, 61.4, 53.7. Training is 1.4 to 7.8 times faster through
-inheritance. The teacher makes a step 1.3 to 1.7 times as costly.
+What it brought (zero-shot ImageNet, authors' README). ViT-39M-16-Text-19M has 63.5 % on YFCC15M. On LAION-400M, gates
+that leave 75, 50 and 25 % of a ViT-B-32 with 65.6 % reach 63.9, 61.4 and 53.7 %. Inheritance makes training 1.4 to 7.8
+times faster (paper). A step of ViT-39M-16 costs 1.3 times as much with ViT-B-32 as teacher, 1.7 with ViT-B-16.
 
 How to run.
-    python clip.py && python tinyclip.py                  built-in pictures: a teacher, then a student of half its size
+    python clip.py && python tinyclip.py                  the toy: a teacher, then a student of half its size
     torchrun --nproc_per_node=8 tinyclip.py --data yfcc15m --teacher ViT-B-16.pt --teacher-quick-gelu
-    python tinyclip.py --auto .5 --out runs/half          gates; the next stage: --auto .75 --init runs/half/last.pt
+    python tinyclip.py --auto .5 --out runs/half          gates; next stage: --auto .75 --init runs/half/last.pt
 
 Sources: Wu et al. 2023 (arXiv 2309.12314), github.com/microsoft/Cream TinyCLIP.
 """
@@ -102,24 +102,24 @@ def clip_loss(image_features, text_features, logit_scale):
         return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
 
-# affinity mimicking and weight inheritance
+# affinity mimicking
 
 def affinity_loss(image_features, text_features, logit_scale, teacher_image_features, teacher_text_features,
                   teacher_scale):
-    """Affinity mimicking (section 3.1; released: clip_soft_loss.py): cross-entropy of the student's rows of image-text
-    and text-image affinities to the teacher's, over the pairs of all ranks.
+    """Affinity mimicking (section 3.1; released: clip_soft_loss.py): the cross-entropy between the teacher's affinities
+    and the student's, for each picture over the captions of all ranks, and for each caption over the pictures.
 
     image_features, text_features: the student's unit rows [B, D]. teacher_image_features, teacher_text_features: the
-    teacher's [B, D'], which get no gradient. logit_scale, teacher_scale: the factors themselves. Returns a scalar in at
-    least fp32, also under autocast. The mean over ranks is the loss of the whole batch. Its least value is the mean
-    entropy of the teacher's rows, not 0. The paper adds the two directions; the released code, and this function, halve
-    the sum.
+    teacher's unit rows [B, D'], which get no gradient. logit_scale, teacher_scale: the factors themselves, not their
+    logs. Returns a scalar in at least fp32, also under autocast. The mean over ranks is the loss of the whole batch.
+    Its least value is the mean entropy of the teacher's affinities, not 0. The paper adds the two directions; the
+    released code, and this function, halve the sum.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y, u, v = rows = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in (
             image_features, text_features, teacher_image_features.detach(), teacher_text_features.detach())]
         widths = [f.shape[1] for f in rows]  # D, D, D', D'
-        all_x, all_y, all_u, all_v = gather(torch.cat(rows, 1)).split(widths, 1)  # of N rows each
+        all_x, all_y, all_u, all_v = gather(torch.cat(rows, 1)).split(widths, 1)  # N rows each
         image_target = (teacher_scale * u @ all_v.T).softmax(1).detach()  # [B, N]
         text_target = (teacher_scale * v @ all_u.T).softmax(1).detach()  # [B, N]
         image_loss = F.cross_entropy(logit_scale * x @ all_y.T, image_target)
@@ -132,14 +132,14 @@ def affinity_loss(image_features, text_features, logit_scale, teacher_image_feat
 def inherit(teacher_state, student_state, head_dim=64):
     """A student's weights cut out of a larger model's (section 3.2; released: weight_inherit.py).
 
-    teacher_state, student_state: state dicts {open_clip's name: tensor} of ViTs or ResNets; the student's says names
-    and shapes. Of the teacher's L layers a student of l layers takes layers 0, L // l, 2 (L // l), ... The paper calls
-    that uniform, but from 12 layers to 9 it is simply the first ones. Of every axis of channels it takes the leading
-    ones, and of q, k and v the leading heads each. Returns a new state of the student's shapes, all of it from the
-    teacher except logit_scale. ValueError where the teacher is too small, or has another kind, patch size, picture size
-    or context.
+    teacher_state, student_state: state dicts {open_clip's name: tensor} of two ViTs or two ResNets. The student's only
+    says which names and shapes are wanted. From a teacher of L layers a student of l layers takes layers 0, L // l,
+    2 (L // l), ... The paper calls that uniform, but 9 of 12 layers are simply the first 9. From every axis of channels
+    it takes the leading ones, and from q, k and v the leading heads each. Returns a new state of the student's shapes,
+    all of it from the teacher except logit_scale. ValueError if the teacher is too small, is of the other kind, or has
+    another patch size, picture size or context.
     """
-    def depth(state, prefix):
+    def depth(state, prefix):  # number of layers whose names begin with the prefix
         return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
     inherited = {"logit_scale": student_state["logit_scale"].clone()}
@@ -147,16 +147,17 @@ def inherit(teacher_state, student_state, head_dim=64):
         if key == "logit_scale":
             continue
         parts = key.split(".")
-        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)  # of the layer's number
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)  # where the layer's number stands
         if place is not None:
             prefix = ".".join(parts[:place]) + "."  # a transformer, or one of a ResNet's stages
-            parts[place] = str(int(parts[place]) * max(1, depth(teacher_state, prefix) // depth(student_state, prefix)))
+            step = max(1, depth(teacher_state, prefix) // depth(student_state, prefix))
+            parts[place] = str(int(parts[place]) * step)
         source = ".".join(parts)
-        value = teacher_state.get(source, own.new_empty(0))
-        if value.numel() and "in_proj" in key:  # [3 * heads * 64, C] or [3 * heads * 64]
+        value = teacher_state.get(source, own.new_empty(0))  # if the name is missing, the shape is refused below
+        if value.numel() and "in_proj" in key:  # [3 * heads * head_dim, C] or [3 * heads * head_dim]
             value = value.unflatten(0, (3, -1, head_dim))[:, :len(own) // (3 * head_dim)].flatten(0, 2)
         part = value[tuple(map(slice, own.shape))] if value.ndim == own.ndim else value  # leading channels of each axis
-        whole = (2, 3) if own.ndim == 4 else (0,) if "positional" in key else ()  # axes of space, of positions
+        whole = (2, 3) if own.ndim == 4 else (0,) if "positional" in key else ()  # axes of pixels or positions: uncut
         if part.shape != own.shape or any(value.shape[axis] != own.shape[axis] for axis in whole):
             raise ValueError(f"{key} {list(own.shape)} cannot be cut out of {source} {list(value.shape)}")
         inherited[key] = part.detach().clone()
@@ -164,11 +165,13 @@ def inherit(teacher_state, student_state, head_dim=64):
 
 
 def shrink(state, share):
-    """Sizes (arguments of CLIP) of a student with about `share` of the parameters of a model, token embedding aside.
-    state: the model's weights. As in the paper's students the image tower narrows, by whole heads (a ResNet by 4
-    channels), and the text tower drops layers. It drops as many as bring the sum close to the share; the paper drops in
-    proportion."""
-    def find(prefix):  # layers, parameters
+    """Sizes (arguments of CLIP) of a student with about `share` of a model's parameters, not counting the token table.
+
+    state: the model's weights. As in most of the paper's students, the image tower gets narrower, by whole heads (a
+    ResNet by 4 channels), and the text tower loses layers. It loses as many as bring the sum of both towers close to
+    the share. In the paper it keeps this share of its layers.
+    """
+    def find(prefix):  # number of layers and of parameters under a prefix
         keys = [key for key in state if key.startswith(prefix)]
         return len({key[len(prefix):].split(".")[0] for key in keys}), sum(state[key].numel() for key in keys)
 
@@ -176,8 +179,8 @@ def shrink(state, share):
     (layers, text), (_, image) = find("transformer.resblocks."), find("visual.")
     width, step = (2 * len(conv), 4) if resnet else (len(conv), 64)
     narrow = step * max(1, round(width * share ** .5 / step))
-    # solves image (narrow / width)^2 + text kept / layers = share (image + text)
     depths = tuple(find(f"visual.layer{i}.")[0] for i in (1, 2, 3, 4))  # of a ResNet's stages
+    # solves image (narrow / width)^2 + text kept / layers = share (image + text) for kept
     kept = round(layers * (share + (share - (narrow / width) ** 2) * image / text))
     return dict(
         embed_dim=state["text_projection"].shape[1], patch_size=None if resnet else conv.shape[-1], vision_width=narrow,
@@ -191,9 +194,10 @@ class Gates(nn.Module):
     """Hard concrete gates of one ViT tower (section 3.2; released: l0module.py, after princeton-nlp/CoFiPruning,
     Louizos et al. 2018).
 
-    The parameters are logits: hidden [C] gates what enters the residual stream, heads [L, H] the output of each head,
-    ffn [L, F] each channel after GELU. width: C. heads, ffn: their numbers in each layer, lists of L ints. Where the
-    numbers differ, the surplus gates of a row are absent: always closed, and not counted.
+    The parameters are logits. hidden [C] are those of the gates on what enters the residual stream, heads [L, H] on the
+    output of each head, ffn [L, F] on each FFN channel after GELU. L is the number of layers here. width: C. heads,
+    ffn: how many of them each layer has, lists of L ints, whose maxima are H and F. A layer with fewer has surplus
+    gates. These are absent: always closed, and not counted.
     """
 
     def __init__(self, width, heads, ffn):
@@ -210,8 +214,8 @@ class Gates(nn.Module):
                 for kind in ("hidden", "heads", "ffn")}
 
     def sample(self, generator=None):
-        """{kind: z in [0, 1]}: a concrete variable of temperature 2/3, stretched to (-.1, 1.1) and cut to [0, 1]. So 0
-        and 1 have a probability above 0, and there the logit gets no gradient in this step."""
+        """{kind: z in [0, 1]}: a concrete variable of temperature 2/3, stretched to (-.1, 1.1) and clipped to [0, 1].
+        So z is often exactly 0 or 1, and then its logit gets no gradient in this step."""
         def draw(logits):
             noise = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(1e-6, 1 - 1e-6).logit()
             return (((noise + logits) / (2 / 3)).sigmoid() * 1.2 - .1).clamp(0, 1)
@@ -224,18 +228,19 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def hard(self):
-        """{kind: z} without noise: sigmoid(1.2 logits), the released slope, where in each layer (for hidden, in the
-        tower) the round(sum of 1 - P(z > 0)) smallest are 0."""
+        """{kind: z} without noise. z is sigmoid(1.2 logits), as in the released code, but 0 for as many gates as are
+        expected to be closed: the round(sum of 1 - P(z > 0)) smallest of each layer, for hidden those of the tower."""
         z = self.each(lambda logits: (1.2 * logits).sigmoid())
         for kind, p in self.probability().items():
             closed = (p.shape[-1] - p.sum(-1, keepdim=True)).round()
-            z[kind] = z[kind] * (z[kind].argsort(stable=True).argsort() >= closed)
+            rank = z[kind].argsort(stable=True).argsort()  # 0 for the smallest of a row
+            z[kind] = z[kind] * (rank >= closed)
         return z
 
     def expected_params(self):
-        """Number of attention and FFN weights that are expected to stay: for each pair of a hidden channel and a head 4
-        * 64 and a share of the biases, for each pair of a hidden and an FFN channel 2. The FFN's biases are left out,
-        as in the released code; prunable counts them."""
+        """Number of attention and FFN weights that are expected to stay. A pair of a hidden channel and a head that
+        both stay counts 4 * 64, for q, k, v and the output, and its part of the biases. A pair of a hidden and an FFN
+        channel counts 2. The FFN's biases are left out, as in the released code; prunable() counts them."""
         p = {kind: value.sum() for kind, value in self.probability().items()}
         return p["hidden"] * (p["heads"] * (4 * 64 + 4 / max(1, self.heads.shape[1])) + 2 * p["ffn"])
 
@@ -244,23 +249,25 @@ def sparsity_loss(expected, original, target, multipliers):
     """l1 h + l2 h^2 with h = max(0, target - share removed), as in the released l0module.py. The paper has no max: it
     also punishes removing too much.
 
-    expected: parameters expected to stay, both towers together. original: those of the whole teacher. multipliers: [l1,
-    l2], which an optimizer group with maximize=True raises as long as h > 0.
+    expected: number of attention and FFN weights that are expected to stay, both towers together. original: number of
+    them in the teacher. multipliers: [l1, l2]. An optimizer group with maximize=True raises them as long as h > 0.
     """
     h = F.relu(target - (1 - expected / original))
     return multipliers[0] * h + multipliers[1] * h ** 2
 
 
 def prune(state, image_gates, text_gates, cut=True):
-    """A ViT's weights with its gates multiplied in and what they close cut out (released: model.py, prune()).
+    """A ViT's weights with its gates multiplied in, and without what they close (released: model.py, prune()).
 
     state: {open_clip's name: tensor}. image_gates, text_gates: {"hidden": [C], "heads": [L, H], "ffn": [L, F]}, as from
-    Gates. Returns the state of a ragged model, whose layers differ in heads and FFN channels. Of an attention without
-    heads the output's bias is left. With cut=False it cuts nothing and adds a mask `keep` for each LayerNorm: that is
-    the gated model, whose outputs equal the ragged one's. The released pruning is not exact: it multiplies hidden gates
-    into proj and text_projection, whose input no gate multiplies, and drops the bias of attentions without heads.
+    Gates. Returns the state of a ragged model, whose layers differ in heads and FFN channels. An attention that loses
+    all its heads keeps the bias of its output. With cut=False nothing is cut out, and each LayerNorm gets a mask `keep`
+    instead. That is the gated model, whose outputs equal the ragged one's. The released pruning is not exact: it
+    multiplies hidden gates into proj and text_projection, whose input no gate multiplies, and drops the bias of
+    attentions without heads.
     """
-    # what writes into the residual stream
+    # These write into the residual stream, so hidden gates are multiplied into them. (out_proj and c_proj also read
+    # gated heads and FFN channels.) Others only lose the channels that are closed.
     writers = {"conv1", "class_embedding", "token_embedding", "positional_embedding", "out_proj", "c_proj"}
     pruned = {}
     for key, value in state.items():
@@ -268,6 +275,7 @@ def prune(state, image_gates, text_gates, cut=True):
         name = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]
         layer = int(parts[parts.index("resblocks") + 1]) if "resblocks" in parts else 0
         hidden, heads, ffn = gates["hidden"], gates["heads"][layer].repeat_interleave(64), gates["ffn"][layer]
+        # the gates of each axis; of a bias only the first counts
         axes = {"in_proj_weight": (None, heads, hidden), "in_proj_bias": (None, heads), "out_proj": (hidden, heads),
                 "c_fc": (ffn, hidden), "c_proj": (hidden, ffn), "token_embedding": (None, hidden),
                 "positional_embedding": (None, hidden)}.get(name, (hidden,))
@@ -275,11 +283,11 @@ def prune(state, image_gates, text_gates, cut=True):
             continue
         if "in_proj" in name:
             value = value.unflatten(0, (3, -1))  # [3, heads * 64, C] or [3, heads * 64]
-        for axis, z in enumerate(axes[:value.ndim]):  # the gates of each axis
+        for axis, z in enumerate(axes[:value.ndim]):
             if z is not None:
-                z = z[:value.shape[axis]]  # this layer's
+                z = z[:value.shape[axis]]  # without the gates that this layer does not have
                 if name in writers:
-                    value = value * z.view(-1, *[1] * (value.ndim - axis - 1))
+                    value = value * z.view([-1] + [1] * (value.ndim - axis - 1))
                 if cut:
                     value = value.index_select(axis, z.nonzero().flatten())
         pruned[key] = value.flatten(0, 1) if "in_proj" in name else value
@@ -289,7 +297,8 @@ def prune(state, image_gates, text_gates, cut=True):
 
 
 class MaskedLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels in `keep` only, 0 elsewhere. It takes over the parameters of norm."""
+    """LayerNorm over the channels in the mask `keep` only; its output is 0 elsewhere. It takes over norm's
+    parameters."""
 
     def __init__(self, norm):
         super().__init__(norm.normalized_shape, norm.eps)
@@ -610,8 +619,9 @@ class Headless(nn.Module):
 
 
 class GatedTransformer(nn.Module):
-    """A Transformer that torch.func.functional_call may run on other weights. With checkpoint_activations each block
-    takes its weights of the forward pass into the backward pass, which computes it again when the others are gone."""
+    """A Transformer for torch.func.functional_call, which lends a model other weights for one call. With
+    checkpoint_activations the backward pass computes each block again. By then the lent weights are gone from the
+    model, so each block is handed its own."""
 
     def __init__(self, transformer):
         super().__init__()
@@ -620,7 +630,7 @@ class GatedTransformer(nn.Module):
     def forward(self, x, causal=False):  # [B, L, C]
         for block in self.resblocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+                weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}  # the lent ones
                 x = checkpoint(torch.func.functional_call, block, weights, (x, causal), use_reentrant=False,
                                preserve_rng_state=False)
             else:
@@ -629,18 +639,18 @@ class GatedTransformer(nn.Module):
 
 
 class TinyCLIP(CLIP):
-    """A CLIP whose layers may differ in heads and FFN channels; load_state_dict takes their numbers from the state.
+    """A CLIP whose layers may differ in heads and FFN channels. load_state_dict takes their numbers from the state.
     After open_gates() it can run under gates, and dense() is what the gates leave of it."""
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """As nn.Module's, for a state of any number of heads (none, too) and FFN channels."""
+        """As nn.Module's. The state may have any number of heads, also none, and of FFN channels in each layer."""
         for name, module in list(self.named_modules()):
-            headless = f"{name}.attn.in_proj_weight" not in state_dict
-            if isinstance(module, Block) and isinstance(module.attn, Attention) and headless:
+            if (isinstance(module, Block) and isinstance(module.attn, Attention)
+                    and f"{name}.attn.in_proj_weight" not in state_dict):
                 module.attn = Headless(len(module.ln_1.weight)).to(module.ln_1.weight.device)
         for name, parameter in list(self.named_parameters()):
-            ragged = ".attn." in name or ".mlp." in name
-            if ragged and name in state_dict and parameter.shape != state_dict[name].shape:
+            may_differ = ".attn." in name or ".mlp." in name
+            if may_differ and name in state_dict and parameter.shape != state_dict[name].shape:
                 path, _, leaf = name.rpartition(".")
                 setattr(self.get_submodule(path), leaf, nn.Parameter(parameter.new_empty(state_dict[name].shape)))
         return super().load_state_dict(state_dict, strict, assign)
@@ -651,8 +661,8 @@ class TinyCLIP(CLIP):
 
     def open_gates(self, lr):
         """Puts gates on both towers. Returns two optimizer groups: the gates' logits, and the multipliers, which are
-        maximised. The released code puts gates of a next stage on the re-inflated model; here they stand on what is
-        left."""
+        maximised. For the next stage, the released code first restores the original sizes with closed gates. Here the
+        new gates stand on what is left, so nothing that was cut out can return."""
         for name, module in list(self.named_modules()):
             if isinstance(module, nn.LayerNorm):
                 self.set_submodule(name, MaskedLayerNorm(module))
@@ -663,7 +673,7 @@ class TinyCLIP(CLIP):
                      for block in tower.resblocks]
             ffn = [len(block.mlp.c_fc.weight) for block in tower.resblocks]
             self.gates[name] = Gates(len(tower.resblocks[0].ln_1.weight), heads, ffn)
-        # one pair for the one budget of both towers; the released code has a pair a tower and averages
+        # one pair for the one budget of both towers; the released code has a pair for each tower and averages them
         self.multipliers = nn.Parameter(torch.full((2,), 10.))
         self.to(self.logit_scale.device)
         group = dict(lr=lr, betas=(.9, .999), eps=1e-8, weight_decay=0.)
@@ -671,8 +681,8 @@ class TinyCLIP(CLIP):
                 dict(params=[self.multipliers], maximize=True, **group))
 
     def forward(self, images, tokens, seed=None):
-        """As CLIP's. With a seed the model runs under gates that are drawn from the seed, equal on all ranks; in the
-        released code each rank draws its own."""
+        """As CLIP's. With a seed, the model runs under gates that are drawn by this seed and so are equal on all ranks.
+        In the released code each rank draws its own."""
         if seed is None:
             return super().forward(images, tokens)
         generator = torch.Generator(images.device).manual_seed(seed)
@@ -686,17 +696,21 @@ class TinyCLIP(CLIP):
         state = prune(self.towers(), *(gates.hard() for gates in self.gates.values()))
         model = build(state, TinyCLIP, quick_gelu=uses_quick_gelu(self))
         model.logit_scale.requires_grad_(self.logit_scale.requires_grad)
+        model.visual.transformer.checkpoint_activations = self.visual.transformer.checkpoint_activations
+        model.transformer.checkpoint_activations = self.transformer.checkpoint_activations
         return model.to(self.logit_scale.device)
 
 
+# the models of a run
+
 def uses_quick_gelu(model):
-    """Whether a model's activation is QuickGELU."""
+    """Whether a model's activation is QuickGELU, by the class's name, because the model may be another script's."""
     return type(model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
 
 
 def load_trained(path, flag, quick_gelu, bpe):
-    """A trained model as a TinyCLIP, its tokenizer and its preprocessing. path: what eval.load takes. SystemExit, which
-    names the flag, if there is no such file."""
+    """A trained model as a TinyCLIP, its tokenizer and its preprocessing. path, quick_gelu, bpe: what eval.load takes.
+    SystemExit, which names the flag, if there is no such file."""
     if not Path(path).is_file():
         raise SystemExit(f"{flag}: there is no file {path}; give the path of a trained model, or train one on the same "
                          "--data first, as the first lines of this file show")
@@ -705,9 +719,33 @@ def load_trained(path, flag, quick_gelu, bpe):
     return model.eval(), tokenizer, preprocess
 
 
+def load_models(args):
+    """The teacher, the source, from which the student inherits (--init, by default the teacher), and the tokenizer and
+    preprocessing, which have to be the same for both. SystemExit if they are not, or if --auto cannot use these
+    models."""
+    teacher, tokenizer, preprocess = load_trained(
+        args.teacher, "--teacher", args.teacher_quick_gelu or None, args.bpe)
+    source, source_tokenizer, source_preprocess = teacher, tokenizer, preprocess
+    if args.init not in (None, "none"):
+        source, source_tokenizer, source_preprocess = load_trained(
+            args.init, "--init", args.quick_gelu or None, args.bpe)
+    if source_tokenizer.merges != tokenizer.merges or source_tokenizer.context != tokenizer.context:
+        raise SystemExit("--init and --teacher were trained with different tokenizers")
+    if vars(source_preprocess) != vars(preprocess):
+        raise SystemExit(f"--init and --teacher know different pictures: {vars(source_preprocess)}, {vars(preprocess)}")
+    if args.bpe and data.find_tokenizer(args.bpe, args.data, args.data_root).merges != tokenizer.merges:
+        raise SystemExit("--bpe names another tokenizer than the one that --teacher was trained with")
+    if args.auto and not all(isinstance(model.visual, VisionTransformer) for model in (teacher, source)):
+        raise SystemExit("--auto needs ViTs for teacher and student")
+    if args.auto and not removed_share(source, teacher) < args.auto < 1:
+        raise SystemExit("--auto takes a share of the teacher between what has gone already, "
+                         f"{removed_share(source, teacher):.3f}, and 1")
+    return teacher, source, tokenizer, preprocess
+
+
 def student_sizes(args, teacher):
-    """Sizes (arguments of CLIP) of the student: those of --model, or of --shrink, with what the four size flags
-    replace."""
+    """Sizes (arguments of CLIP) of the student: those of --model or, if it is given, of --shrink. Each of the four size
+    flags replaces one of them."""
     sizes = {**MODELS[args.model]}
     if args.shrink:
         sizes |= shrink(teacher.state_dict(), args.shrink)
@@ -718,15 +756,57 @@ def student_sizes(args, teacher):
     return sizes
 
 
+def make_student(args, saved, teacher, source, tokenizer, preprocess, quick_gelu):
+    """The student as a TinyCLIP: with --auto all of the source, else a part of it; with --init none a new model. If
+    saved is a checkpoint without gates, the student is what was saved. teacher, source, tokenizer, preprocess: what
+    load_models returns."""
+    if saved and saved["gated"] is None:
+        return build(saved["model"], TinyCLIP, quick_gelu=quick_gelu)
+    if args.auto:
+        return build(source.state_dict(), TinyCLIP, quick_gelu=quick_gelu)
+    sizes = dict(image_size=preprocess.size, vocab=tokenizer.vocab_size, context=tokenizer.context)
+    student = build(args.model, TinyCLIP, **student_sizes(args, teacher) | sizes, quick_gelu=quick_gelu)
+    if args.init != "none":
+        try:
+            student.load_state_dict(inherit(source.state_dict(), student.state_dict()))
+        except ValueError as error:
+            raise SystemExit(f"the student cannot inherit from {args.init or args.teacher}: {error}") from None
+    return student
+
+
+def new_optimizer(model, args):
+    """AdamW for the parameters of a model without gates."""
+    # OpenAI's values for ViTs, here for all towers; for ResNets OpenAI has betas (.9, .999) and eps 1e-8
+    return torch.optim.AdamW(
+        param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
+
+
+def freeze(teacher, device, amp):
+    """Puts the teacher on the device, without gradients. amp: dtype of autocast, or None. The teacher's matrices are
+    stored in it; norms, biases and embeddings stay in fp32, in which autocast wants them. The released code keeps all
+    weights in fp32, and its autocast, always fp16, casts them anew at each step."""
+    teacher.to(device).requires_grad_(False)
+    if isinstance(teacher.visual, ModifiedResNet):
+        teacher.visual.to(memory_format=torch.channels_last)
+    for name, parameter in teacher.named_parameters():
+        if amp and parameter.ndim > 1 and "embedding" not in name:
+            parameter.data = parameter.to(amp)
+
+
 def prunable(state):
-    """Number of parameters in attention and FFN of both towers: what a share to be removed is a share of."""
+    """Number of parameters in attention and FFN of both towers. Shares of --auto are shares of the teacher's number."""
     return sum(value.numel() for key, value in state.items() if ".attn." in key or ".mlp." in key)
+
+
+def removed_share(model, teacher):
+    """Share of the teacher's attention and FFN parameters that a model lacks."""
+    return 1 - prunable(model.state_dict()) / prunable(teacher.state_dict())
 
 
 @torch.no_grad()
 def encode_captions(teacher, tokenizer, dataset, device, amp=None):
-    """The teacher's unit text features [n, D'] of all captions, in fp16. The ranks share the work. amp: dtype of
-    autocast, or None. SystemExit if a picture has several captions."""
+    """The teacher's unit text features [n, D'] of the n captions of a data set, in fp16. The ranks share the work. amp:
+    dtype of autocast, or None. SystemExit if a picture has several captions, among which each epoch draws one."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     padded = math.ceil(len(dataset) / world) * world  # equally many on each rank
     places = torch.arange(padded).clamp(max=len(dataset) - 1)
@@ -741,6 +821,18 @@ def encode_captions(teacher, tokenizer, dataset, device, amp=None):
             features = teacher.encode_text(tokens)
         rows.append(F.normalize(features.float(), dim=-1).half())
     return gather(torch.cat(rows))[:len(dataset)]
+
+
+@torch.no_grad()
+def ask_teacher(teacher, images, tokens, index, texts, amp):
+    """The teacher's unit features of a batch: image [B, D'], text [B, D']. images, tokens: those that the student sees.
+    texts: the features that encode_captions made, of which rows index [B] are the batch's, or None. amp: dtype of
+    autocast, or None."""
+    with torch.autocast(images.device.type, amp, enabled=amp is not None):
+        image_features = F.normalize(teacher.encode_image(images).float(), dim=-1)
+        if texts is not None:
+            return image_features, texts[index.to(images.device, non_blocking=True)]
+        return image_features, F.normalize(teacher.encode_text(tokens).float(), dim=-1)
 
 
 # views and picture
@@ -790,8 +882,8 @@ def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
 
 
 def affinity_picture(path, student, teacher, count=16):
-    """Writes what the student mimics: the affinities of a batch's first pairs, a row a picture, a column a caption.
-    student, teacher: pairs of unit features (image [B, D], text [B, D])."""
+    """Writes what the student mimics: the affinities of a batch's first pairs, at scale 50. student, teacher: pairs of
+    unit features (image [B, D], text [B, D])."""
     maps = []
     for x, y in (teacher, student):
         affinity = (50 * x[:count].float() @ y[:count].float().T).softmax(1)
@@ -800,22 +892,25 @@ def affinity_picture(path, student, teacher, count=16):
 
 
 def survivors_picture(path, source, student):
-    """Writes which parts of the source's ViT towers stay in the student: by its gates if it has gates, else what
-    inherit() took. A row is a layer of the source; on the left are its heads, on the right the share of its FFN
-    channels."""
+    """Writes which parts of the source's ViT towers stay in the student: what its gates keep, or, if it has no gates,
+    what inherit() took. A row of the picture is a layer of the source. On the left, its heads that stay are dark; on
+    the right, a dark bar is the share of its FFN channels that stay."""
     maps, captions = [], []
     for name, old, new in (("image", source.visual, student.visual), ("text", source, student)):
         if isinstance(old, ModifiedResNet):
             continue
+        # which stay, as bool: hidden [C], heads [L, H], ffn [L, F]
         if hasattr(student, "gates"):
             hidden, heads, ffn = (z.cpu() != 0 for z in student.gates[name].hard().values())
         else:
             old, new = old.transformer.resblocks, new.transformer.resblocks
             layer, step = torch.arange(len(old))[:, None], len(old) // len(new)
+            taken = (layer % step == 0) & (layer < step * len(new))  # [L, 1]
             sizes = [[len(b.ln_1.weight), len(b.attn.in_proj_bias) // 192, len(b.mlp.c_fc.weight)]
                      for b in (old[0], new[0])]
-            hidden, heads, ffn = (torch.arange(n) < kept for n, kept in zip(*sizes))
-            heads, ffn = (part & (layer % step == 0) & (layer < step * len(new)) for part in (heads, ffn))
+            hidden, heads, ffn = (torch.arange(n) < kept for n, kept in zip(*sizes))  # the leading ones
+            heads, ffn = heads & taken, ffn & taken
+        # 80 pixels of heads, 4 of grey, 80 of FFN channels
         share = torch.arange(80) < 80 * ffn.float().mean(1, keepdim=True)
         cells = torch.cat([heads.repeat_interleave(80 // heads.shape[1], 1), torch.full((len(heads), 4), .3), share], 1)
         maps.append((225 - 185 * cells).byte().repeat_interleave(10, 0).expand(3, -1, -1))
@@ -824,10 +919,11 @@ def survivors_picture(path, source, student):
     data.grid(maps, captions, path, columns=2)
 
 
-SIZES = ("vision_width", "vision_layers", "text_width", "text_layers")
-# The values of manual_ and auto_weight_inherit_100to75.sh, which train 6 epochs of 400 M pairs with batch 32,768 and
-# crops of (.9, 1). Their next stages, to .5 and .75, prune at steps 5000 and 8000. The 25 epochs are from
-# microsoft/Cream#244.
+SIZES = ("vision_width", "vision_layers", "text_width", "text_layers")  # arguments of CLIP that have flags
+# The values of the released manual_weight_inherit_100to75.sh and auto_weight_inherit_100to75.sh. These train on 400 M
+# pairs for 6 epochs, with batches of 8,192 on one node (the documentation: 32,768 on four) and crops of (.9, 1). The
+# scripts of the next stages, to .5 and .75, prune at steps 5000 and 8000. The 25 epochs are the maintainer's for
+# YFCC15M (microsoft/Cream#244). Batch size and crops are ours.
 OFFICIAL = dict(
     model="ViT-39M-16-Text-19M", batch_size=4096, epochs=25, lr=1e-4, warmup=2000, weight_decay=.2, augment="clip",
     prune_step=3000, sparsity_warmup=1000, gate_lr=.02)
@@ -851,65 +947,29 @@ def main(argv=None):
     dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
     steps = fill_in(args, dataset, world, device)  # steps of an epoch
     total = steps * args.epochs
-    if args.logit_scale > 100:
-        raise SystemExit(f"--logit-scale {args.logit_scale} is above 100, where the student's is cut")
-    if args.auto:
+    if args.auto:  # the student starts as all of --init; the warm-up lasts as long as the gates, as released
         args.model, args.warmup = None, args.prune_step
-        if args.init == "none" or any(getattr(args, name) for name in ("shrink", *SIZES)):
-            raise SystemExit("--auto begins with --init as it is: leave out --init none, --shrink and sizes")
-    args.teacher = args.teacher or f"runs/clip-{data.run_name(args.data)}/last.pt"
     torch.manual_seed(args.seed)
-    teacher, tokenizer, preprocess = load_trained(
-        args.teacher, "--teacher", args.teacher_quick_gelu or None, args.bpe)
-    source, source_tokenizer, source_preprocess = teacher, tokenizer, preprocess
-    if args.init not in (None, "none"):
-        source, source_tokenizer, source_preprocess = load_trained(
-            args.init, "--init", args.quick_gelu or None, args.bpe)
-    if source_tokenizer.merges != tokenizer.merges or source_tokenizer.context != tokenizer.context:
-        raise SystemExit("--init and --teacher were trained with different tokenizers")
-    if vars(source_preprocess) != vars(preprocess):
-        raise SystemExit(f"--init and --teacher know different pictures: {vars(source_preprocess)}, {vars(preprocess)}")
-    if args.bpe and data.find_tokenizer(args.bpe, args.data, args.data_root).merges != tokenizer.merges:
-        raise SystemExit("--bpe names another tokenizer than the one that --teacher was trained with")
+    teacher, source, tokenizer, preprocess = load_models(args)
     dataset.transform = partial(views, tokenizer=tokenizer, size=preprocess.size, augment=args.augment)
     batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
     loader = data.loader(dataset, batches, args.workers, device)
 
     # model
-    # the activation of what is inherited; released students have GELU even with OpenAI's weights
+    # the activation that the inherited weights know; released students have GELU even with OpenAI's weights
     quick_gelu = args.quick_gelu if args.init == "none" else uses_quick_gelu(source)
     about = describe(args, dataset, tokenizer, preprocess, dict(quick_gelu=quick_gelu))
     saved = find_run(args, about, device)
     gated = bool(args.auto) and not (saved and saved["gated"] is None)  # before --prune-step
-    state = saved["model"] if saved and not gated else source.state_dict()  # says the shapes
-    original = prunable(teacher.state_dict())
-    removed = 1 - prunable(state) / original
-    if gated and not ("visual.proj" in state and isinstance(teacher.visual, VisionTransformer)):
-        raise SystemExit("--auto needs ViTs for teacher and student")
-    if gated and not removed < args.auto < 1:
-        raise SystemExit(f"--auto takes a share of the teacher between what has gone already, {removed:.3f}, and 1")
-    if saved or args.auto:
-        model = build(state, TinyCLIP, quick_gelu=quick_gelu)
-    else:
-        sizes = dict(image_size=preprocess.size, vocab=tokenizer.vocab_size, context=tokenizer.context)
-        model = build(args.model, TinyCLIP, **student_sizes(args, teacher) | sizes, quick_gelu=quick_gelu)
-        if args.init != "none":
-            try:
-                model.load_state_dict(inherit(state, model.state_dict()))
-            except ValueError as error:
-                raise SystemExit(f"the student cannot inherit from {args.init or args.teacher}: {error}") from None
-    model.to(device)
-    if args.logit_scale:  # from the first step; the released student has 14.3 in it, and 50 from the second
+    model = make_student(args, saved, teacher, source, tokenizer, preprocess, quick_gelu).to(device)
+    if args.logit_scale:  # fixed from the first step on; the released student's scale is 14.3 in that step
         model.logit_scale.requires_grad_(False).fill_(math.log(args.logit_scale))
     for module in model.modules():
         if hasattr(module, "checkpoint_activations"):
             module.checkpoint_activations = args.checkpoint_activations
-    for net in (model, teacher):
-        if isinstance(net.visual, ModifiedResNet):
-            net.visual.to(memory_format=torch.channels_last)
-    # OpenAI's values for ViTs, here for all towers; for ResNets OpenAI has betas (.9, .999) and eps 1e-8
-    optimizer = torch.optim.AdamW(
-        param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
+    if isinstance(model.visual, ModifiedResNet):
+        model.visual.to(memory_format=torch.channels_last)
+    optimizer = new_optimizer(model, args)
     if gated:
         for group in model.open_gates(args.gate_lr):
             optimizer.add_param_group(group)
@@ -933,13 +993,10 @@ def main(argv=None):
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     # bf16 has the range of fp32. fp16 does not, so it needs a GradScaler, and large ViTs have diverged in it.
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-    teacher.to(device).requires_grad_(False)
-    if amp:  # norms, biases and embeddings stay in fp32, in which autocast wants them; released: fp16 always
-        for name, parameter in teacher.named_parameters():
-            if parameter.ndim > 1 and "embedding" not in name:
-                parameter.data = parameter.to(amp)
+    freeze(teacher, device, amp)
     teacher_scale = args.logit_scale or teacher.logit_scale.exp()
     teacher_texts = encode_captions(teacher, tokenizer, dataset, device, amp) if args.cache_teacher_text else None
+    original, removed = prunable(teacher.state_dict()), removed_share(source, teacher)
     expected = torch.tensor(float(prunable(model.state_dict())), device=device)  # parameters in attention and FFN
     if rank == 0:
         start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
@@ -993,14 +1050,8 @@ def main(argv=None):
                     image_features, text_features, logit_scale = parallel(images, tokens, seed)
                 affinity = clip = sparsity = torch.zeros((), device=device)
                 if args.alpha > 0:
-                    with torch.no_grad(), torch.autocast(device.type, amp, enabled=amp is not None):
-                        teacher_image = F.normalize(teacher.encode_image(images).float(), dim=-1)
-                        if teacher_texts is None:
-                            teacher_text = F.normalize(teacher.encode_text(tokens).float(), dim=-1)
-                        else:
-                            teacher_text = teacher_texts[batch["index"].to(device, non_blocking=True)]
-                    affinity = affinity_loss(
-                        image_features, text_features, logit_scale, teacher_image, teacher_text, teacher_scale)
+                    mimicked = ask_teacher(teacher, images, tokens, batch["index"], teacher_texts, amp)
+                    affinity = affinity_loss(image_features, text_features, logit_scale, *mimicked, teacher_scale)
                 if args.alpha < 1:
                     clip = clip_loss(image_features, text_features, logit_scale)
                 if gated:
@@ -1040,12 +1091,7 @@ def main(argv=None):
                         survivors_picture(Path(args.out, "survivors.png"), source, model)
                     model, gated, best = model.dense(), False, -1.
                     expected = torch.tensor(float(prunable(model.state_dict())), device=device)
-                    optimizer = torch.optim.AdamW(
-                        param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
-                    parts["optimizer"] = optimizer
-                    for module in model.modules():
-                        if hasattr(module, "checkpoint_activations"):
-                            module.checkpoint_activations = args.checkpoint_activations
+                    parts["optimizer"] = optimizer = new_optimizer(model, args)
                     if args.compile:
                         model.compile()
                     parallel = model if world == 1 else DistributedDataParallel(
@@ -1068,8 +1114,7 @@ def main(argv=None):
                     save("last.pt")
             save("last.pt")  # before the tests, which take their time
             if rank == 0 and args.alpha > 0:
-                affinity_picture(Path(args.out, "affinity.png"), (image_features, text_features),
-                                 (teacher_image, teacher_text))
+                affinity_picture(Path(args.out, "affinity.png"), (image_features, text_features), mimicked)
             evaluate()
             meter.clear(step)  # the time of the tests does not count
     bar.close()
@@ -1123,27 +1168,33 @@ def parse_args(argv=None):
     add = parser.add_argument_group("TinyCLIP (--model is the student)").add_argument
     add("--teacher", help="a checkpoint of ours, OpenAI's or open_clip's (default: what clip.py leaves, "
         "runs/clip-<data>/last.pt)")
-    add("--teacher-quick-gelu", action="store_true", help="a teacher that does not say so was trained with QuickGELU")
+    add("--teacher-quick-gelu", action="store_true", help="the teacher has QuickGELU, which its file does not say")
     add("--cache-teacher-text", action="store_true",
-        help="encode all captions by the teacher beforehand and keep them on the device")
+        help="let the teacher encode all captions beforehand, and keep the features on the device")
     add("--alpha", type=float, default=1., help="weight of affinity mimicking; 1 - alpha is that of CLIP's loss")
     add("--logit-scale", type=float, default=50.,
         help="fixed scale of teacher and student, at most 100; 0: the teacher's own, the student's learned")
     add("--shrink", type=float, metavar="SHARE",
-        help="student: sizes that KEEP about this share of all the teacher's parameters")
-    add("--image-width", dest="vision_width", type=positive, help="in place of the student's")
-    add("--image-layers", dest="vision_layers", type=positive, help="in place of the student's")
-    add("--text-width", type=positive, help="in place of the student's")
-    add("--text-layers", type=positive, help="in place of the student's")
-    add("--auto", type=float, metavar="SPARSITY",
-        help="student: --init, whose gates REMOVE this share of the teacher's attention and FFN weights")
-    add("--prune-step", type=positive, help="steps under gates, which are the warm-up too")
+        help="in place of --model: sizes that KEEP about this share of the teacher's parameters, token table aside")
+    add("--image-width", dest="vision_width", type=positive, help="in place of the one of --model or --shrink")
+    add("--image-layers", dest="vision_layers", type=positive, help="the same")
+    add("--text-width", type=positive, help="the same")
+    add("--text-layers", type=positive, help="the same")
+    add("--auto", type=float, metavar="SPARSITY", help="in place of --model: the student starts as all of --init, and "
+        "gates REMOVE this share of the teacher's attention and FFN weights")
+    add("--prune-step", type=positive, help="steps under gates; the warm-up of the learning rate lasts as long")
     add("--sparsity-warmup", type=positive,
         help="steps until all of SPARSITY is asked for; with few of them, Adam's momentum overshoots")
     add("--gate-lr", type=float,
         help="of gates and multipliers. A logit moves by about this a step, from 4.6; at -1.6 P(z > 0) is half. If it "
         "is too low for --prune-step, less goes than asked (removed in the log)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.teacher = args.teacher or f"runs/clip-{data.run_name(args.data)}/last.pt"
+    if args.logit_scale > 100:
+        raise SystemExit(f"--logit-scale {args.logit_scale} is above 100, where the student's is clamped")
+    if args.auto and (args.init == "none" or any(getattr(args, name) for name in ("shrink", *SIZES))):
+        raise SystemExit("--auto begins with --init as it is: leave out --init none, --shrink and sizes")
+    return args
 
 
 def fill_in(args, dataset, world, device):
