@@ -938,7 +938,8 @@ CHATTER = ["free download", "holiday 2014", "for sale", "vector clip art", "made
 TOY = {"pairs": 1024, "side": 40, "radius": (.3, .45), "shift": .08, "turn": .05, "hue": 9, "grid": 6, "patches": .2,
        "noise": .2, "beside": .11, "second": .1, "zipf": 0,  # above: the picture; below: probabilities in a caption
        "mismatch": .1, "color": .65, "shape": .7, "synonym": .5, "chatter": .35}
-TOYS = {"toy": TOY, "toy-zipf": TOY | {"zipf": 1},  # the exponent of Zipf's law for the kinds; 0: all equally often
+TOYS = {"toy": TOY,
+        "toy-zipf": TOY | {"pairs": 4096, "zipf": 1},  # exponent of Zipf's law for the kinds; 0: all equally often
         "toy-busy": TOY | {"radius": (.15, .225), "shift": .2, "beside": .07, "grid": 10, "patches": .6}}
 TOY_TESTS = {variant + ending: (variant, split) for variant in TOYS
              for ending, split in (("", "test"), ("-tune", "tune"), ("-seen", "seen"))}
