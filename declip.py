@@ -6,7 +6,7 @@ synonym). Four losses use these views:
 
     clip   CLIP's loss for all four combinations of a crop and a text (the paper's multi-view supervision).
     nns    Nearest-neighbour supervision. A queue holds the latest captions' features. The caption nearest to a text
-           often describes the same picture. So each crop must also match this neighbour's feature.
+           often fits its picture too. So each crop must also match this neighbour's feature.
     ssl    Self-supervision of the image tower: each crop predicts the other crop's feature (SimSiam).
     mlm    Masked language modelling: the text tower guesses each masked word from the words to its left.
 
@@ -19,12 +19,13 @@ scale.
     clip = mean over k, v of clip_loss(x_k, y_v)
     nns  = mean over k, v of cross-entropy(s <x_k, n_v>): a crop picks its text's neighbour among those of the batch
     ssl  = -1/2 [ cos(p_1, z_2) + cos(p_2, z_1) ]
-    mlm  = cross-entropy of the masked words, predicted from the masked text before its projection
+    mlm  = cross-entropy of the masked words, predicted by the text tower before its projection
     L    = .4 clip + .2 nns + .2 ssl + .2 mlm
 
-Targets get no gradient. In each cosine of ssl, z is detached and only the other side has a predictor; drop either and
-SimSiam collapses. In nns, the neighbours are detached, so this term trains only the image tower and s. Its negatives
-are the batch's other neighbours, not the whole queue. Search before you enqueue, or each caption finds itself.
+Targets get no gradient. In each cosine of ssl, z is detached and only the other side has a predictor; SimSiam collapses
+without the one as without the other. In nns, the neighbours are detached, so this term trains only the image tower and
+s. Its negatives are the batch's other neighbours, not the whole queue. Search before you enqueue, or each caption finds
+itself.
 
 Results (zero-shot ImageNet). RN50 has 60.4 % from 56 M pairs; OpenAI's CLIP has 59.6 % from 400 M (paper). On
 YFCC15M-V2, ViT-B-32 has 43.2 %, CLIP 32.8 % (authors' benchmark). DeCLIP's stronger augmentation may explain
@@ -129,8 +130,8 @@ def multi_view_clip_loss(image_views, text_views, logit_scale):
 
 def nearest_neighbor_loss(image_views, neighbors, logit_scale):
     """Mean cross-entropy over the four pairs of an image view and a text view (nearest-neighbour supervision, section
-    3.3 of the DeCLIP paper). The texts of a view have N neighbours in the whole batch. Each image view has to pick its
-    own text's neighbour among these.
+    3.3 of the DeCLIP paper). Each text of the whole batch has one neighbour, so a view has N of them. Each image view
+    has to pick its own text's neighbour among these.
 
     image_views: unit rows [2, B, D]. neighbors: unit rows [2, B, D], the neighbour of each text of each view; they get
     no gradient. logit_scale: the factor. Returns a scalar in at least fp32. The mean over ranks is the loss of the
@@ -162,7 +163,7 @@ class FeatureQueue(nn.Module):
         super().__init__()
         rows = torch.randn(size, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("rows", F.normalize(rows, dim=1))  # [size, D]
-        self.register_buffer("samples", torch.full((size,), -1))  # number of each row's sample; -1: none
+        self.register_buffer("samples", torch.full((size,), -1))  # place of each row's sample in the data set; -1: none
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # place of the oldest row, replaced next
 
     @torch.no_grad()
@@ -219,9 +220,9 @@ class SimSiam(nn.Module):
 
     def __init__(self, dim, hidden=1024, bottleneck=512):
         super().__init__()
-        # The sizes are those of the released prototype/model/declip.py. The SimSiam paper has four other choices: its
-        # heads are 2,048 wide, its projector reads the backbone's feature, where ours reads CLIP's projected feature,
-        # its projector ends in a batch norm without scale and shift, and its predictor's learning rate is constant.
+        # The sizes are those of the released prototype/model/declip.py. SimSiam's own differ: its heads are 2,048 wide;
+        # its projector reads the backbone's feature before any projection; its last batch norm has no scale and shift;
+        # and the learning rate of its predictor is constant.
         self.projector = nn.Sequential(
             nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
             nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
@@ -248,8 +249,9 @@ def mask_tokens(tokens, eot, mask_id, vocab, p=.15, generator=None):
     place = torch.arange(tokens.shape[1], device=tokens.device)
     # a mask token that the caption already has is no word
     chosen = (choice < p) & (place > 0) & (place < eot[:, None]) & (tokens != mask_id)
-    # A random word is an id below vocab, the mask token's id and the start token's id, which is in column 0. The
-    # released code also draws the end token, and then reads the text's feature at the wrong place.
+    # A random word is any id that is smaller than vocab, than mask_id and than the start token's id. The start token
+    # stands in column 0. The released code also draws the end token as a random word. It then takes that word for the
+    # end of the text.
     limit = tokens[:, :1].clamp(max=min(vocab, mask_id))
     word = (draw * limit).long()
     masked = torch.where(kind < .8, mask_id, torch.where(kind < .9, word, tokens))
@@ -261,7 +263,8 @@ def pack_labels(labels, length):
     Returns their places [M] in the flattened tokens [B, length], and their original ids as targets [M].
 
     length may be less than L, because the loader cuts tokens but not labels. M is the number of masked words rounded up
-    to a multiple of B. So few different M occur, and memory and compiled code can be used again. The places added are 0
+    to a multiple of B. Therefore M takes few different values, and memory and compiled
+    code can be used again. The places added are 0
     and their targets -100, which mlm_loss leaves out. Call it on the CPU: on a GPU the host would have to wait for M.
     """
     row, column = (labels != -100).nonzero(as_tuple=True)
@@ -275,7 +278,8 @@ def mlm_loss(logits, targets):
     however unevenly the ranks hold them."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # The released code averages over ranks the mean of each rank, which is NaN on a rank without a masked word.
+        # The released code takes the mean of each rank and averages these means. The mean of a rank is NaN on a rank
+        # without a masked word.
         counts = gather((targets != -100).sum()[None])  # [W]
         return F.cross_entropy(logits, targets, reduction="sum") * len(counts) / counts.sum().clamp(min=1)
 
@@ -289,7 +293,8 @@ def eda(caption, rng, synonyms=None):
     Source: EDA (Wei & Zou 2019). There a fourth change inserts words, and swap and replacement change a tenth of the
     words.
     """
-    # The released code looks synonyms up in WordNet. They may be phrases, and it never replaces stop words.
+    # The released code looks synonyms up in WordNet. Its synonyms may be phrases, and it never replaces stop words;
+    # ours are single words from a table.
     words = caption.split()
     change = rng.choice(("swap", "delete", "replace") if synonyms else ("swap", "delete"))
     # each word once; not a set, whose order would differ from process to process
@@ -709,8 +714,8 @@ def neighbor_picture(path, model, tokenizer, dataset, queue, count=8):
 
 
 RECIPES = {  # batch size of all ranks together, warm-up in steps; percentages are zero-shot ImageNet
-    # toy and small are ours. toy does not change colours, because its captions name them. With clip.py's rate it
-    # memorises the pairs.
+    # toy and small are ours. toy does not change colours, because its captions name them. Its learning rate
+    # is half of clip.py's, with which declip.py memorises the pairs.
     "toy": dict(
         model="tiny", batch_size=128, epochs=48, lr=5e-4, warmup=50, weight_decay=.1, augment="clip",
         eval="toy-tune,toy", eval_every=6),
@@ -742,7 +747,8 @@ def main(argv=None):
     if args.w_ssl and args.batch_size < 2 * world:
         raise SystemExit("--batch-size must be at least 2 a rank, because SimSiam's batch norm needs two rows; or give "
                          "--w-ssl 0")
-    args.queue = min(args.queue, max(1, len(dataset) // 2))  # with a longer one more captions find themselves
+    # a longer queue would still hold captions of the batch from the epoch before
+    args.queue = min(args.queue, max(1, len(dataset) // 2))
     synonyms = read_synonyms(args.synonyms) if args.synonyms else None
     tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
     preprocess = data.Preprocess(args.image_size)
@@ -847,7 +853,7 @@ def main(argv=None):
                 clip = multi_view_clip_loss(image_views, text_views, logit_scale)
                 nns = ssl = mlm = own = torch.zeros((), device=device)
                 if args.w_nns:
-                    found = queue.search(text_views.flatten(0, 1))  # [2B]; not nearest, because own needs the places
+                    found = queue.search(text_views.flatten(0, 1))  # [2B]; also for the log's own_neighbors
                     neighbors = queue.rows[found].unflatten(0, (2, -1))  # [2, B, D]
                     nns = nearest_neighbor_loss(image_views, neighbors, logit_scale)
                     # The share of texts whose nearest row is that of their own caption, from an earlier epoch. Such a
@@ -878,8 +884,8 @@ def main(argv=None):
                     if running:
                         kept = torch.cat(running).where(good, statistics)
                         torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
-                    # The released code lets logit_scale grow to 6, that is s = 403. If s > 100, it computes the loss
-                    # with s = 100, but the gradient of logit_scale with the larger s.
+                    # The released code lets logit_scale grow to 6, that is s = 403. Above s = 100 it clips s in its
+                    # loss, but not in the gradient of logit_scale.
                     model.logit_scale.clamp_(3, math.log(100))  # a clamp in the forward pass would stop the gradient
                 if args.w_nns:
                     for view in (1, 0):  # edited, then masked captions, as in the released code
