@@ -92,8 +92,9 @@ def clip_loss(image_features, text_features, logit_scale):
     with torch.autocast(image_features.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
         # The released code of SLIP gathers without gradient. There a feature learns only as a query (a row of the
-        # logits), never as a candidate (a column), so its gradient has another direction. In open_clip the towers'
-        # gradient is divided by W, unless --local-loss and --gather-with-grad are given together.
+        # logits), never as a candidate (a column), so its gradient has another direction. open_clip's towers get the
+        # gradient of the whole batch divided by W, unless its flags --local-loss and --gather-with-grad are given
+        # together.
         all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         labels = torch.arange(len(x), device=x.device) + rank * len(x)  # the columns of this rank's own pairs
@@ -499,7 +500,7 @@ class ModifiedResNet(nn.Module):
 
 class CLIP(nn.Module):
     """The two towers and the scale. vision_layers: one number for a ViT, four (one a stage) for a ResNet."""
-    image_tower = VisionTransformer  # a method that changes the ViT names its own class here
+    image_tower = VisionTransformer  # a script with another ViT puts its class here
 
     def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width,
                  text_layers, quick_gelu=False):
@@ -515,7 +516,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log of s
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        # Each block adds the outputs of out_proj and c_proj to one sum, which gets 2 * text_layers terms in all. So
+        # The outputs of out_proj and c_proj of all blocks, 2 * text_layers of them, add up in the residual stream. So
         # these two start smaller by the square root of that number.
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
@@ -536,9 +537,9 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens, eot=None):
         """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: positions [B] of the end
-        tokens, for tokens in which some id is larger; by default the position of the largest id. Our tokenizer ends a
-        caption that it has to cut with an end token. The released code of SLIP does not: there the largest id of a long
-        caption is the start token, whose feature is the same for all captions."""
+        tokens. By default that is the position of the largest id, which is the end token unless a method adds an id. If
+        a caption is too long, our tokenizer puts the end token in the last place. The released code of SLIP only cuts.
+        Then the largest id is the start token, and its feature is the same for all long captions."""
         x = self.text_tokens(tokens)
         eot = tokens.argmax(-1) if eot is None else eot
         return x[torch.arange(len(x), device=x.device), eot] @ self.text_projection
@@ -837,13 +838,14 @@ def ask_teacher(teacher, images, tokens, index, texts, amp):
 
 # views and picture
 
-AUGMENT = {  # By method: the range of the share of a picture's area that a crop keeps, and arguments of
+AUGMENT = {  # Two entries for each method: how much of a picture's area a crop keeps (a range), and arguments of
     # data.color_params. jitter holds a probability and the ranges of brightness, contrast, saturation and hue. The
     # other arguments are probabilities.
     "clip": ((.5, 1.), dict()),  # as in SLIP's and DeCLIP's baselines; open_clip has (.9, 1.), and no colours either
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2's
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
-    "slip": ((.08, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # of SimCLR's two crops
+    # SLIP changes only the two crops that SimCLR compares
+    "slip": ((.08, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),
     # no flip, so that a place in one crop is found in another by shift and scale
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),
 }
@@ -1012,7 +1014,8 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """Tests the model after an epoch whose tests are due, or at the start of a run that was killed before them."""
+        """Tests the model after an epoch whose tests are due, or at the start of a resumed run that was killed before
+        its tests."""
         nonlocal tested, best
         due = step % steps == 0 and (step // steps % args.eval_every == 0 or step == total)
         if not due or step == tested:
@@ -1062,8 +1065,8 @@ def main(argv=None):
                 losses = {"loss": loss, "affinity": affinity, "clip": clip, "sparsity": sparsity,
                           "removed": 1 - expected / original}  # the released log ignores the gates
 
-                # the step. If the gradient is not finite, the step is bad: weights and all states stay as they are. DDP
-                # has averaged the gradient, so all ranks agree on that.
+                # the step. If the gradient is not finite, the step is bad: weights, moments and statistics stay as they
+                # are. DDP has averaged the gradient, so all ranks agree on that.
                 lr = lr_at(step, total, args.warmup, args.lr)
                 for group in optimizer.param_groups[:2]:  # the gates' learning rate is constant
                     group["lr"] = lr
@@ -1235,8 +1238,8 @@ def fill_in(args, dataset, world, device):
 
 
 def lr_at(step, total, warmup, lr, start=0., end=0.):
-    """Learning rate of a step; the first step is 0, the last total - 1. The rate rises along a line to lr, which the
-    last of the warmup steps has. Then it falls along half a cosine towards end. If start is 0, step 0 has lr / warmup,
+    """Learning rate of a step; the first step is 0, the last total - 1. It rises on a straight line and is lr in the
+    last warm-up step. Then it falls along half a cosine towards end. If start is 0, step 0 has lr / warmup,
     as in open_clip. If start is above 0, step 0 has start, as in SLIP and DeCLIP."""
     if step < warmup and start:
         return start + (lr - start) * (step / max(1, warmup - 1))
@@ -1275,8 +1278,8 @@ def find_run(args, about, device):
     crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if path.exists() and (crashed or not args.restart):
         saved = load_checkpoint(path)
-        # Flags that may differ. The pairs and the merges, which some of them name, are compared below by content. A
-        # recipe only sets other flags, and these are compared.
+        # Flags that may differ. Pairs and merges may have another name or place, because their content is compared
+        # below. A recipe only sets other flags, and these are compared.
         may_differ = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
         before = saved["flags"]
         changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})"
@@ -1335,8 +1338,9 @@ def write_log(out, **row):
 
 class Meter:
     """Adds up what happens between two log lines. Losses are summed on the device, so that the host need not wait for
-    the device in each step. failed is the number of pictures replaced since the run began, bad the number of bad steps,
-    whose gradient was not finite."""
+    the device in each step. Two
+    numbers count from the start of the run. failed counts unreadable pictures, which the loader replaced by others. bad
+    counts steps whose gradient was not finite."""
 
     def __init__(self, out, batch_size, device):
         self.out, self.batch_size, self.device, self.failed, self.bad = out, batch_size, device, 0, 0
