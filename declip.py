@@ -23,9 +23,8 @@ scale.
     L    = .4 clip + .2 nns + .2 ssl + .2 mlm
 
 Targets get no gradient. In each cosine of ssl, z is detached and only the other side has a predictor; SimSiam collapses
-without the one as without the other. In nns, the neighbours are detached, so this term trains only the image tower and
-s. Its negatives are the batch's other neighbours, not the whole queue. Search before you enqueue, or each caption finds
-itself.
+if one is missing. In nns, the neighbours are detached, so this term trains only the image tower and s. Its negatives
+are the batch's other neighbours, not the whole queue. Search before you enqueue, or each caption finds itself.
 
 Results (zero-shot ImageNet). RN50 has 60.4 % from 56 M pairs; OpenAI's CLIP has 59.6 % from 400 M (paper). On
 YFCC15M-V2, ViT-B-32 has 43.2 %, CLIP 32.8 % (authors' benchmark). DeCLIP's stronger augmentation may explain
