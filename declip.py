@@ -29,7 +29,7 @@ are the batch's other neighbours, not the whole queue. Search before you enqueue
 Results (zero-shot ImageNet). RN50 has 60.4 % from 56 M pairs; OpenAI's CLIP has 59.6 % from 400 M (paper). On
 YFCC15M-V2, ViT-B-32 has 43.2 %, CLIP 32.8 % (authors' benchmark). DeCLIP's stronger augmentation may explain
 part of that gain; clip.py --augment declip is the baseline with the same. A step takes twice CLIP's FLOPs, because each
-tower runs twice. Heads, queue and masked words add 2 %.
+tower runs twice. Heads, queue and words add 2 %.
 
 How to run.
     python declip.py                                                         built-in pictures, any machine, minutes
