@@ -101,9 +101,10 @@ def clip_loss(image_features, text_features, logit_scale):
 def ntxent_loss(a, b, temperature):
     """NT-Xent of SimCLR (Chen et al. 2020, equation 1) over all ranks, for the rows of this rank.
 
-    a, b [B, d]: two views, row i of one belongs to row i of the other; they are made unit here. Each of the 2N rows
-    picks the other view of its picture among the 2N - 1 other rows. Returns a scalar in at least fp32. For N orthogonal
-    pairs of equal rows it is log(1 + 2 (N-1) exp(-1/T)).
+    a, b [B, d]: features of two views, brought to unit norm here; row i of one belongs to row i of the other. Each of
+    the 2N rows of all ranks picks the other view of its picture among the 2N - 1 other rows. Returns a scalar in at
+    least fp32. The mean over ranks is the loss of the whole batch. If the views are equal and the N rows of one are
+    orthogonal, the loss is ln(1 + 2 (N-1) exp(-1/temperature)).
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (a, b))
@@ -111,16 +112,17 @@ def ntxent_loss(a, b, temperature):
         rank = dist.get_rank() if len(all_a) > len(a) else 0
         labels = torch.arange(len(a), device=a.device) + rank * len(a)
 
-        def one_way(x, others, own):
+        def one_way(x, others, own):  # x: a view of this rank, own: the same view of all ranks, others: the other view
             same = (x @ own.T).scatter(1, labels[:, None], -torch.inf)  # no row picks itself
-            return F.cross_entropy(torch.cat([x @ others.T, same], 1) / temperature, labels)  # [B, 2N]
+            return F.cross_entropy(torch.cat([x @ others.T, same], 1) / temperature, labels)  # logits [B, 2N]
 
         return (one_way(a, all_b, all_a) + one_way(b, all_a, all_b)) / 2
 
 
 class SyncBatchNorm(nn.Module):
-    """Batch norm of x [n, C] with the mean and variance of the rows of all ranks (n equal on all), in at least fp32,
-    also on a CPU, which PyTorch's refuses. It keeps no running statistics: only training needs the heads."""
+    """Batch norm of x [n, C] with the mean and variance of the rows of all ranks, in at least fp32. n is equal on all
+    ranks. It also runs on a CPU, where nn.SyncBatchNorm does not. It keeps no running statistics, because only training
+    needs the heads."""
 
     def __init__(self, width, eps=1e-5):
         super().__init__()
@@ -130,7 +132,7 @@ class SyncBatchNorm(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             h = x.to(torch.promote_types(x.dtype, torch.float32))
             h = h - gather(h.mean(0, keepdim=True)).mean(0)
-            variance = gather(h.square().mean(0, keepdim=True)).mean(0)  # two passes: E[x^2] - E[x]^2 cancels
+            variance = gather(h.square().mean(0, keepdim=True)).mean(0)  # E[x^2] - E[x]^2 would cancel
             return (h * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 
