@@ -746,7 +746,8 @@ def prototype_picture(out, dataset, episode, size, rows=12, members=5):
 
 
 RECIPES = {  # batch size of all ranks together, warm-up in steps; K = m / 10 as in the README of the released code
-    # toy and small are ours. The episodes of toy hold all of its pairs. It keeps colours, because captions name them.
+    # toy and small are ours. An episode of toy has as many pairs as its data. It keeps colours, because captions name
+    # them.
     "toy": dict(
         model="tiny", batch_size=128, epochs=48, lr=1e-3, warmup=50, weight_decay=.1, augment="clip",
         eval="toy-tune,toy", eval_every=6, episode_size=1024, prototypes=100, warmup_episodes=6),
