@@ -644,7 +644,7 @@ def main(argv=None):
                     if stopped:
                         save("last.pt")
                         leave(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
-                if step % 1000 == 0 and step % steps:  # the end of an epoch is saved below
+                if step % 1000 == 0 and step % steps:  # a multiple of steps is saved below
                     save("last.pt")
             save("last.pt")  # before the tests, which take their time
             evaluate()

@@ -249,7 +249,7 @@ def test_model_heads_and_gradients():
     assert all(p.grad is None for name, p in model.named_parameters() if "head" in name or "proto" in name)
     with torch.device("meta"):
         head = protoclip.projection_head(1024, 2048, 128)
-    assert sum(p.numel() for p in head.parameters()) == 2_365_568  # the paper's, for RN50
+    assert sum(p.numel() for p in head.parameters()) == 2_365_568  # the released code's, for RN50
     for sizes in (SMALL, RESNET):
         model = protoclip.ProtoCLIP(**sizes, **HEADS)
         again = protoclip.build(model.state_dict(), protoclip.ProtoCLIP, **HEADS)
