@@ -25,7 +25,7 @@ and are constants of the second.
 What it costs and brings. The first pass adds 33 % to the FLOPs, and each pair is decoded twice. On one GPU the authors'
 runs took 1.8 times CLIP's time. On 2.5 M pairs of CC3M, with RoBERTa as external teacher, they report 21.5 % zero-shot
 on ImageNet (CLIP: 19.5). Their CLIP had weaker augmentation; --w-proto 0 is the fair baseline. In small runs here
-ProtoCLIP with --teacher-features captions reaches CLIP's recall in .4 to .7 of the time.
+ProtoCLIP with --teacher-features captions reaches CLIP's recall in .35 to .75 of the time.
 
 How to run. tests/RESULTS.md says how to make roberta.npy.
     python protoclip.py                                                       built-in pictures, minutes

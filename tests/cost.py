@@ -1,4 +1,4 @@
-"""README's table of cost: what a step of each script takes, against clip.py's at the same model, size and augmentation.
+"""The table of cost: what a step of each script takes, against clip.py's at the same model, size and augmentation.
 
     python tests/cost.py                                       on a CPU: batches of 4 pairs, some minutes a row
     python tests/cost.py --batch-size 512 --amp bf16 --compile     on a GPU
@@ -48,6 +48,7 @@ ROWS = {  # script and flags; the same of its baseline; pairs of a batch on a GP
     "aclip-eff": ("aclip --model ViT-B-16 --augment aclip --ema-size 112",
                   "clip --model ViT-B-16 --augment aclip", 512),
     "tinyclip": (STUDENT, f"{STUDENT} --init none --alpha 0 --logit-scale 0", 512),
+    "slip": ("slip --model ViT-B-16 --augment slip", "clip --model ViT-B-16 --augment slip", 512),
     "tinyclip-cached": (f"{STUDENT} --cache-teacher-text", f"{STUDENT} --init none --alpha 0 --logit-scale 0", 512),
 }
 PEAKS = {"H100": 989, "H200": 989, "A100": 312}  # dense TFLOP/s in bf16 by name of the device, NVIDIA's data sheets

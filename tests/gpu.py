@@ -35,6 +35,7 @@ CHECKS = {  # script: flags of its small runs (three epochs of three steps), the
     "tinyclip": (["--teacher {folder}/teacher.pt",
                   "--teacher {folder}/teacher.pt --auto .25 --prune-step 7 --sparsity-warmup 3"],
                  ["tinyclip", "tinyclip-cached"]),
+    "slip": (["--augment slip"], ["slip"]),
 }
 # clusters and masks turn rounding into other choices; tinyclip has a scale of 50
 LOOSE = {"protoclip": 10, "aclip": 10, "tinyclip": 30}

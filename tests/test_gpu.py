@@ -8,6 +8,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow
 def test_check(tmp_path, capsys):
     gpu.main(["check", "--results", str(tmp_path / "results.txt")])
     lines = (tmp_path / "results.txt").read_text().splitlines()
@@ -28,6 +29,7 @@ def test_check_notices_a_step_that_is_not_skipped(tmp_path):
     assert checks.failed == ["clip three bad steps", "clip ddp"]
 
 
+@pytest.mark.slow
 def test_speed(tmp_path, capsys):
     """The rows run. Their FLOPs are those of the matrices: two a weight and token forward, twice as many backward."""
     rows = {"clip": ("declip --model tiny --augment declip", "clip --model tiny --augment declip", None)}
