@@ -594,7 +594,7 @@ WRAPPERS = {"module", "_orig_mod", "text",  # DDP, torch.compile, open_clip's Cu
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file, which holds the header's length in 8 bytes, a header in JSON, and tensors."""
+    """{name: tensor} of a .safetensors file: 8 bytes with the length of the header, the header in JSON, the tensors."""
     content = bytearray(Path(path).read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
