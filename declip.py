@@ -779,8 +779,7 @@ def main(argv=None):
     if isinstance(model.visual, ModifiedResNet):
         model.visual.to(memory_format=torch.channels_last)
     # OpenAI's values for ViTs, here for all towers; for ResNets OpenAI has betas (.9, .999) and eps 1e-8
-    optimizer = torch.optim.AdamW(
-        param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, (.9, .98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     meter = Meter(args.out, args.batch_size, device)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)  # what is saved
@@ -814,8 +813,7 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """Tests the model after an epoch whose tests are due, or at the start of a resumed run that was killed before
-        its tests."""
+        """Tests the model if tests are due after this epoch and were not made before the run was killed."""
         nonlocal tested, best
         due = step % steps == 0 and (step // steps % args.eval_every == 0 or step == total)
         if not due or step == tested:

@@ -570,8 +570,7 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """Tests the model after an epoch whose tests are due, or at the start of a resumed run that was killed before
-        its tests."""
+        """Tests the model if tests are due after this epoch and were not made before the run was killed."""
         nonlocal tested, best
         due = step % steps == 0 and (step // steps % args.eval_every == 0 or step == total)
         if not due or step == tested:
