@@ -1,32 +1,35 @@
 """Concept frequency: how often do training captions name a test concept, and how does accuracy grow with that?
 
-"No 'Zero-Shot' Without Exponential Data" trains nothing. It counts how many training pairs mention each class name of a
-test, and compares this count with the accuracy of a trained model on that class. Accuracy grows with the logarithm of
-the count, so that each further step takes ten times as many pairs. This script prints the comparison for any number of
-checkpoints, one column each. Its question is: do data-efficient methods have a flatter slope, and are they better on
-rare concepts?
+The paper, "No 'Zero-Shot' Without Exponential Data", trains nothing. A concept is a class of a test, given by its name.
+The paper counts how many training pairs mention each concept, and compares this count with the accuracy of trained
+models on that class. Accuracy grows with the logarithm of the count: for every further gain of the same size, a concept
+needs ten times as many pairs. This script prints the comparison for any number of checkpoints, one column each. Its
+question is: do data-efficient methods have a flatter slope, and are they better on rare concepts?
 
-For concepts with n mentions and accuracy a, in per cent, it prints the mean of a by decade of n, and fits
+n is the number of captions that mention a concept, a the accuracy on it in per cent. The script prints the mean of a
+for each decade of n (1-9, 10-99, ...). It also fits the line
 
     a = slope * log10(n) + constant
 
-twice: to the concepts with n > 0, and to the means of bins, as the paper does. Averaging removes the scatter within a
-bin, so bins have a much higher correlation r: .96 against .40 for RN50 on CC3M, where the slopes are 9.3 and 10.5
-points a decade. Both are always printed, with the number of points and p.
+twice. One fit is to the concepts with n > 0. The other is to the means of bins of n, the points of the paper's figures.
+Averaging removes the scatter within a bin, so bins have a much higher correlation r: .96 against about .4 for RN50 on
+CC3M, where the slopes are 9.3 (bins) and 10.5 (concepts) points a decade. Both are always printed, with the number of
+points and the p value of r.
 
 A caption mentions a concept if it holds all words of the name, in any order. The paper also asks a tagger what the
-picture shows, and counts a pair only if caption and picture agree ("integrated"). --tags reads such tags; a scene of
-the toy is its own tag. Without tags, slopes keep their sign and get smaller: on ImageNet .4 to .8 times, by bin.
+picture shows, and counts a pair only if caption and picture agree. Such counts, called integrated, get a second table
+here, if --tags says what pictures show; the toy's scenes say it themselves. Counts by captions only give slopes of the
+same sign, but smaller: .4 to .9 times as large on ImageNet, by bin.
 
 How to run.
-    python clip.py --data toy-zipf --epochs 12        4,096 pairs, kinds by Zipf's law; the first is mentioned 87 times
+    python clip.py --data toy-zipf --epochs 12        4,096 pairs, kinds by Zipf's law; the commonest is named 87 times
     python frequency.py runs/clip-toy-zipf/last.pt
     python frequency.py runs/clip-cc3m/last.pt runs/declip-cc3m/last.pt --eval imagenet/val,wag --csv cc3m.csv
     python tests/curves.py cc3m.csv imagenet/val > picture.svg       accuracy against count, one curve a checkpoint
-"Let it Wag!", the authors' test of 290 rare concepts, is a folder with a sub-folder a class (here: wag).
+The folder wag is "Let it Wag!", the authors' test of 290 rare concepts, with a sub-folder for each.
 
-Sources: Udandarao et al. 2024 (arXiv 2404.04125); github.com/bethgelab/frequency_determines_performance, whose
-published counts and accuracies gave the numbers above.
+Sources: Udandarao et al. 2024 (arXiv 2404.04125); github.com/bethgelab/frequency_determines_performance. The numbers
+above come from the counts and accuracies that are published there.
 """
 import argparse
 import csv
@@ -35,7 +38,7 @@ import json
 import math
 import os
 import re
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -51,21 +54,23 @@ import eval as evaluator
 def words(text):
     """Words of a caption or a name, lower-case runs of a-z and digits: "Boeing_737-200" -> ["boeing", "737", "200"].
 
-    The released index of captions keeps upper case and drops digits, but is asked for lower-case words with digits. So
-    it finds "Austria" once in 12 M captions, and "737" never. Here captions and names go through the same function. The
-    paper's code also lemmatises, which changes r little, and mostly for the worse."""
+    Here captions and names go through the same function. The released index of captions keeps upper case and drops
+    digits, but is asked for lower-case words with digits. So it finds "Austria" once in the 12 M captions of CC12M, and
+    cannot find "737-200". The paper's code also lemmatises. That changes r little, and mostly for the worse."""
     return re.findall("[a-z0-9]+", text.lower())
 
 
 def mentions(captions, names):
-    """For each caption (iterable of str) the set of the places in `names` (list of str) of the names that it mentions.
+    """Yields for each caption (iterable of str) the names that it mentions, as a set of places in `names` (list of
+    str).
 
-    All words of a name must be there. The released code skips words that its index lacks, so its "polar bear" counts
-    every bear. Of "crane, bird", "cat|kitten" or "Myanmar (Burma)" one part is enough."""
-    index = {}  # {word: [(place, the other words of the name)]}
+    A caption must hold all words of a name. The released code skips words that its index lacks, so its "polar bear"
+    counts every bear. A name such as "crane, bird", "cat|kitten" or "Myanmar (Burma)" has two parts, of which one is
+    enough."""
+    index = {}  # {longest word of a part: [(place, its other words)]}
     for place, name in enumerate(names):
         for part in filter(None, map(words, re.split(r"[,/()|]", name))):  # a name without words is in no caption
-            longest = max(part, key=len)  # long words are rare, so that few captions ask for the other words
+            longest = max(part, key=len)  # long words are rare, so the other words are seldom looked for
             index.setdefault(longest, []).append((place, {*part} - {longest}))
     for caption in captions:
         found = set(words(caption))
@@ -74,19 +79,18 @@ def mentions(captions, names):
 
 def count(captions, names):
     """Number of captions (iterable of str) that mention each of C names -> int64 [C]."""
-    counts = [0] * len(names)
-    for mentioned in mentions(captions, names):
-        for place in mentioned:
-            counts[place] += 1
-    return np.array(counts, np.int64)
+    found = Counter(place for mentioned in mentions(captions, names) for place in mentioned)
+    return np.array([found[place] for place in range(len(names))], np.int64)
 
 
 def integrated(captions, pictures, names):
-    """Captions (iterable of str) and pictures (for each a set of places in `names`, what it shows) -> int64 [C], in how
-    many pairs both have the concept; the number of pairs where both have some concept; of these, those that share none.
+    """Counts over pairs of a caption (str) and a picture, which is given as the set of what it shows, by place in
+    `names`. Returns counts, both, misaligned.
 
-    The last are misaligned. The released code divides them by the size of the data, and for CC3M, CC12M and YFCC15M it
-    looks names of several words up among single words, so its 16.8, 17.3 and 36.5 % do not compare with ours."""
+    counts: int64 [C], the pairs whose caption and picture both have the concept. both: the number of pairs whose
+    caption has some concept and whose picture has some. misaligned: the number of those that have none in common. The
+    released code divides misaligned by the size of the data, not by both. For CC3M, CC12M and YFCC15M it also looks up
+    names of several words among single words. So its 16.8, 17.3 and 36.5 % do not compare with ours."""
     counts, both, misaligned = [0] * len(names), 0, 0
     for said, shown in zip(mentions(captions, names), pictures):
         both += bool(said and shown)
@@ -99,10 +103,11 @@ def integrated(captions, pictures, names):
 # trend
 
 def binned(count, acc, bins=12):
-    """The paper's bins, of equal width in ln(max(count, 1)). count [C], acc [C] -> x [bins], upper edges in natural
-    logarithm; mean [bins] of acc; n [bins], concepts. Bin 0 holds only the smallest count; 0 and 1 are the same.
+    """The paper's bins of concepts, of equal width in ln(max(count, 1)). count [C], acc [C] -> x [bins], the upper
+    edges of the bins in natural logarithm; mean [bins] of acc; n [bins], how many concepts. Bin 0 holds only the
+    smallest count, where counts 0 and 1 are the same.
 
-    The mean of an empty bin is NaN. The released code has no place for it, which shifts the other bins or raises."""
+    The mean of an empty bin is NaN. The released code leaves empty bins out, so it shifts the others or raises."""
     log_count, acc = np.log(np.maximum(np.asarray(count), 1)), np.asarray(acc, np.float64)
     x = np.linspace(log_count.min(), log_count.max(), bins)
     place = np.digitize(log_count, x, right=True)  # x[place - 1] < log_count <= x[place]
@@ -113,8 +118,9 @@ def binned(count, acc, bins=12):
 def pearson(x, y):
     """Correlation r of x [n] and y [n], and its two-tailed p value; NaN for both if n < 2 or if x or y is constant.
 
-    Of independent normal variables r has the density (1 - r^2)^((n-4)/2). r = sin(t) turns this into cos(t)^(n-3) dt,
-    which has no pole at n = 3. p is the share above |r|: 100 Gauss nodes up to where the integrand falls by e^-40."""
+    For independent normal x and y, r has a density proportional to (1 - r^2)^((n-4)/2). p is the part of its integral
+    beyond |r|. With r = sin(t) the integrand is cos(t)^(n-3) dt, which has no pole at n = 3. The sum has 100 Gauss
+    nodes and ends where the integrand has fallen by e^-40."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     n = len(x)
     if n < 2 or (x == x[0]).all() or (y == y[0]).all():
@@ -127,13 +133,14 @@ def pearson(x, y):
     width = min(math.pi / 2 - low, 40 / max(power * math.tan(low), 1e-9), math.sqrt(80 / max(power, 1e-9)))
     nodes, weights = np.polynomial.legendre.leggauss(100)
     tail = weights @ np.cos(low + width * (nodes + 1) / 2) ** power * width / 2
-    half = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(power / 2 + .5) - math.lgamma(power / 2 + 1))  # 0 to pi/2
+    # the integral of all positive r, from t = 0 to pi/2, in closed form
+    half = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(power / 2 + .5) - math.lgamma(power / 2 + 1))
     return r, min(1., float(tail / half))
 
 
 def trend(x, y):
-    """Slope of y per tenfold count by least squares, r, p, number of points. x: natural logarithms of counts; a NaN in
-    y is no point."""
+    """Slope of y per tenfold count by least squares, r, p and number of points. x: natural logarithms of counts. Points
+    whose y is NaN are left out."""
     x, y = x[~np.isnan(y)], y[~np.isnan(y)]
     slope = np.polyfit(x, y, 1)[0] * math.log(10) if len({*x}) > 1 else math.nan
     return slope, *pearson(x, y), len(x)
@@ -146,7 +153,7 @@ RN50      CC3M 20.1 / 3.7   CC12M 33.1 / 8.9    YFCC15M 31.9 / 13.2
 ViT-B-16  CC3M 17.1 / 3.0   CC12M 37.4 / 11.5   YFCC15M 37.9 / 19.3"""
 COUNTS = {"count": "captions that mention the concept (text only)",
           "integrated": "pairs whose caption and picture agree on the concept"}
-Row = namedtuple("Row", "checkpoint test concept count integrated accuracy")  # integrated may be None; accuracy: %
+Row = namedtuple("Row", "checkpoint test concept count integrated accuracy")  # integrated: may be None; accuracy: %
 
 
 def table(rows, kind):
@@ -156,15 +163,16 @@ def table(rows, kind):
         columns[name] = np.array([(getattr(row, kind), row.accuracy) for row in rows if row.checkpoint == name]).T
     lines = [["", *columns], ["all"] + [f"{acc.mean():.1f} ({len(acc)})" for _, acc in columns.values()]]
     lines.append(["never mentioned"] + [f"{100 * (n == 0).mean():.0f} %" for n, _ in columns.values()])
-    low, high = 0, 0
+    low, high = 0, 0  # then 1-9, 10-99, ...
     while low <= max(n.max() for n, _ in columns.values()):
         groups = [acc[(low <= n) & (n <= high)] for n, acc in columns.values()]
         cells = [f"{group.mean():.1f} ({len(group)})" if len(group) else "-" for group in groups]
         lines.append([f"{low:,}-{high:,}" if high else "0", *cells])
         low, high = high + 1, 10 * high + 9
     by_concept = [trend(np.log(n[n > 0]), acc[n > 0]) for n, acc in columns.values()]
-    # The paper drops the first and the last bin, too. Its p takes the ten means that are left for ten samples, although
-    # each is of many concepts, so the trend looks surer than it is. r and p of the concepts do not have this fault.
+    # The paper drops the first and the last bin, too, but fits no line. Its p takes the ten means that are left for ten
+    # samples. Each is the mean of many concepts, so the trend looks surer than it is. r and p by concept do not have
+    # this fault.
     by_bin = [trend(x[1:-1], mean[1:-1]) for x, mean, _ in (binned(n, acc) for n, acc in columns.values())]
     for way, fits in (("concept", by_concept), ("bin", by_bin)):
         lines.append([f"slope by {way}"] + [f"{slope:+.1f}" for slope, *_ in fits])
@@ -173,7 +181,7 @@ def table(rows, kind):
     yield f"by number of {COUNTS[kind]}"
     for label, *cells in lines:
         yield label.ljust(widths[0]) + "".join("  " + cell.rjust(width) for cell, width in zip(cells, widths[1:]))
-    if "nan" in str(by_concept + by_bin):
+    if np.isnan(by_concept + by_bin).any():
         yield "nan: a slope needs two different counts above 0, or two inner bins; r also two different accuracies"
 
 
@@ -200,7 +208,8 @@ def main(argv=None):
         print(f"\n{test}: accuracy in % (number of concepts)")
         for kind in COUNTS:
             chosen = [row for row in rows if test in (row.test, "all tests") and getattr(row, kind) is not None]
-            print(*table(chosen, kind) if chosen else (), sep="\n")
+            if chosen:
+                print(*table(chosen, kind), sep="\n")
     if 290 in map(len, names.values()):
         print("\nOne of the tests has 290 names, as Let it Wag! has.", PUBLISHED)
     if args.csv:
@@ -235,7 +244,8 @@ def parse_args(argv=None):
 
 
 def read_run(path, args):
-    """Dict of a checkpoint's path and name; its data, limit, subset and root (--data-root); its tests."""
+    """Dict of a run: path of the checkpoint and its name in tables, data, limit, subset, root (--data-root), tests.
+    Flags of this script come before those of the run."""
     flags = evaluator.read_checkpoint(path).get("flags", {})  # weights from elsewhere have none
     own = {} if args.data else flags
     tests = args.eval or flags.get("eval")
@@ -249,8 +259,9 @@ def read_run(path, args):
 
 
 def counts_of(run, concepts, args):
-    """Dict of count and integrated, each {concept: number}, the second empty without tags; about: a sentence. They are
-    kept in the cache under what the data, the concepts and the tags are."""
+    """Dict of "count" and "integrated", each {concept: number}, the second empty without tags; and "about", a sentence
+    for the terminal. It is read from --counts, or else counted once and cached, under a hash of data, concepts and
+    tags."""
     if args.counts and os.path.isfile(args.counts):
         try:
             counts = json.loads(Path(args.counts).read_text())
@@ -277,7 +288,8 @@ def counts_of(run, concepts, args):
 
 
 def count_pairs(dataset, concepts, tags):
-    """What counts_of returns. tags: lines of a key of the data, a tab and a concept that its picture shows."""
+    """Counts for counts_of, which says what is returned. tags: lines, each a key of the data, a tab, and a concept that
+    its picture shows."""
     def captions():
         places = tqdm(range(len(dataset)), "captions", leave=False, disable=None)
         return (text for i in places for text in dataset.captions(i))
@@ -298,7 +310,8 @@ def count_pairs(dataset, concepts, tags):
 
 
 def accuracies_of(run, names, args):
-    """{test: accuracy of each class, a fraction, None for a class without pictures}, computed or read from --json."""
+    """{test: list of the accuracy on each class}, computed or read from --json. An accuracy is from 0 to 1, or None for
+    a class without pictures."""
     if args.json:
         several = len(args.json) == len(args.checkpoints)
         file = args.json[args.checkpoints.index(run["path"]) if several else 0]

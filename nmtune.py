@@ -1,35 +1,34 @@
 """NMTune: what wrong captions in pre-training do to the features of an encoder, and how to mend them afterwards.
 
 The idea. Captions from the web are often wrong. Chen et al. trained encoders on data with a known share of wrong labels
-or swapped captions, then linear classifiers on the frozen features. A little noise (5 to 10 %) helped where test
-pictures were like the classifier's training pictures ("in domain"). Any noise hurt where they were not ("out of
-domain"). Noise also flattened the spectrum of the features. NMTune leaves the encoder as it is. It trains a small
-residual MLP on the features, together with the classifier. Three regularisers keep what the encoder knew and sharpen
-the spectrum.
+or swapped captions, and linear classifiers on the frozen features. A little noise (5 to 10 %) helped on test
+pictures like the classifier's training pictures ("in domain"). Any noise hurt on others ("out of domain"). Noise also
+flattened the spectrum of the features: their singular values became more equal. NMTune leaves the encoder as it is. It
+trains a small residual MLP and a classifier on the features. Three regularisers act on the MLP's output.
 
-The loss. f is a frozen feature of D entries, z = f + scale * MLP(f) the transformed one; the classifier is linear in z.
-A batch holds B pictures in two augmented views, so 2B rows. p_1 >= p_2 >= ... are the singular values of the matrix of
-rows z, divided by their sum.
+The loss. f is a frozen feature with D entries, z = f + scale * MLP(f) the transformed one. The classifier is linear in
+z. A batch holds two augmented views of B pictures, so 2B rows. The singular values of the matrix of all rows z, divided
+by their sum, are p_1 >= p_2 >= ...
 
     L = cross-entropy + w_mse mse + w_cov cov - w_top top
     mse = mean of (z / |z| of the second view - f / |f| of the first)^2      z keeps the direction of f
     cov = sum of the squared covariances of different entries of z / D       no two entries say the same
     top = mean of p_1 .. p_k                                                 few directions dominate
 
-Two numbers describe the spectrum of a test set's features: its entropy, SVE = -sum_i p_i log p_i, and LSVR = -log p_1.
-Both are high for a flat spectrum, and LSVR is never above SVE.
+Two numbers describe the spectrum of a test set's features: the singular value entropy, SVE = -sum_i p_i log p_i, and
+the largest singular value's ratio, LSVR = -log p_1. Both are high for a flat spectrum, and LSVR is never above SVE.
 
-What it brought, by reviews and summaries of the paper. Swin-L of ImageNet-21k, linear probe to NMTune: 81.9 to 84.2 %
-in domain, 50.9 to 52.4 % out of domain. Reviewers saw about 1 point between a plain MLP and NMTune, so most of the gain
-is the MLP's. The table therefore has a row for each, on identical inputs. All pictures pass the encoder once; the
-features stay in --out. The rest takes minutes.
+What it brought, by reviews and summaries of the paper. For Swin-L of ImageNet-21k, a linear probe has 81.9 % in domain
+and 50.9 % out of domain; NMTune has 84.2 and 52.4 %. A reviewer saw about 1 point between a plain MLP and NMTune, so
+much of the gain is the MLP's. The table has a row for each, on identical inputs. Each view of a picture passes the
+encoder once; features stay in --out. The rest takes minutes.
 
 How to run.
     python nmtune.py runs/clip-toy/last.pt                           shapes of the toy, in seen and in unseen colours
     python nmtune.py CHECKPOINT --train SET --test SET --ood SETS    sets as eval.py takes them
     python nmtune.py --swap .1 --data PATH > noisy.tsv               a tenth of the captions wrong; then
     python clip.py --data PATH --subset noisy.tsv
-SET@PATTERN is the pictures of a set whose key (in folders: path) holds a regular expression. Here artists are domains:
+SET@PATTERN: the pictures of a set whose key (in folders: path) matches a regular expression. Here artists are domains:
     --train "everyday@/noto_.*[0-9ab]$" --test "everyday@/noto_.*[c-f]$" --ood "everyday@/fluent-3d_,everyday@/fxemoji_"
 
 Sources: Chen et al. 2024 (arXiv 2309.17002); github.com/Hhhhhhao/Noisy-Model-Learning.
@@ -57,9 +56,11 @@ import eval as evaluator
 # the regularisers, the spectrum
 
 def singular_values(x):
-    """x [n, D] -> its min(n, D) singular values, float64, ascending: the roots of the eigenvalues of the smaller Gram
-    matrix. Equal to torch.linalg.svdvals, gradient included, and faster. What is 0 up to rounding becomes 0, without
-    gradient. Float64, because a root turns a rounding error of 1e-7 into 3e-4.
+    """x [n, D] -> its min(n, D) singular values, float64, ascending.
+
+    They are the roots of the eigenvalues of the smaller Gram matrix. Values and gradient equal those of
+    torch.linalg.svdvals, which takes longer. What is 0 up to rounding becomes exactly 0 and gets no gradient. Float64,
+    because a root turns a rounding error of 1e-7 into 3e-4.
     """
     x = x.double()
     squares = torch.linalg.eigvalsh(x @ x.T if len(x) < x.shape[1] else x.T @ x)
@@ -68,20 +69,20 @@ def singular_values(x):
 
 
 def regularisers(f, z, k=5):
-    """Frozen features f and transformed features z, both [2B, D], first the B rows of the first view (the released
-    code's "weak"), then those of the second ("strong") -> mse, cov, top: scalars in at least fp32, without weights.
-    f gets no gradient. A loss subtracts top.
+    """The terms mse, cov and top of the loss, not weighted: scalars in at least fp32. A loss subtracts top.
 
-    Scaled as in the released code. In the paper mse is the squared norm of the difference, which is D times ours, of
-    z and f of the same view, and top is p_1.
+    f [2B, D]: frozen features, which get no gradient. z [2B, D]: transformed features. Both have first the B rows of
+    the first view, which the released code calls weak, then those of the second, strong. k: how many values top
+    averages. All is scaled as in the released code. In the paper, as others describe it, mse is the squared norm of the
+    difference between z and f of the same view, so D times as large, and top is p_1.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        (weak, _), (_, strong) = f.detach().to(z.dtype).chunk(2), z.chunk(2)  # [B, D] each
+        weak, strong = f.detach().to(z.dtype).chunk(2)[0], z.chunk(2)[1]  # [B, D] each
         mse = (F.normalize(strong, dim=1) - F.normalize(weak, dim=1)).square().mean()
         n, D = z.shape
         centred = z - z.mean(0)
-        # the squares of the covariance matrix [D, D] and of the Gram matrix [n, n] have one sum
+        # (n - 1) times the covariance matrix [D, D], or the smaller Gram matrix [n, n]: their squares have the same sum
         gram = centred @ centred.T if n < D else centred.T @ centred
         cov = (gram.square().sum() / (n - 1) ** 2 - centred.var(0).square().sum()) / D
         s = singular_values(z)  # of z as it is: the first direction is mostly the mean, which cov does not see
@@ -92,8 +93,8 @@ def regularisers(f, z, k=5):
 def spectrum(x):
     """Features x [n, D], raw and not centred -> sve, lsvr: scalars in float64; 0 <= lsvr <= sve <= log min(n, D).
 
-    The released code has neither. Its script for figures makes the rows unit and subtracts from each row the mean of
-    its own entries, which changes the numbers.
+    The released code computes neither. Its script that draws spectra scales rows to unit norm and subtracts from each
+    row the mean of its own entries. That would change both numbers.
     """
     s = singular_values(x)
     p = s / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
@@ -103,8 +104,8 @@ def spectrum(x):
 # the model and its training
 
 class NMTune(nn.Module):
-    """A residual MLP with a scale for each entry, and a linear classifier on its output; with linear=True only the
-    classifier, on the features themselves. Parameters start as in the released code."""
+    """A residual MLP with a learned scale for each entry, and a linear classifier on its output. With linear=True only
+    the classifier, on the features themselves. Parameters start as in the released code."""
 
     def __init__(self, dim, classes, linear=False):
         super().__init__()
@@ -114,7 +115,8 @@ class NMTune(nn.Module):
         if not linear:
             self.mlp = nn.Sequential(
                 nn.Linear(dim, 4 * dim), nn.BatchNorm1d(4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
-            self.scale = nn.Parameter(torch.ones(dim))  # of README's command; the code's defaults: .5, no residual
+            # as by the command in the released README; by default the released code starts at .5, without residual
+            self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, f):  # [n, D] -> z [n, D], logits [n, classes]
         z = f if self.linear else f + self.scale * self.mlp(f)
@@ -123,22 +125,24 @@ class NMTune(nn.Module):
 
 def fit(model, x, y, weights=(0., 0., 0.), k=5, lr=1e-3, epochs=30, batch_size=64, seed=0):
     """Trains a model on features x [V, N, D] in V views with labels y [N]. weights: of mse, cov and top; all 0 is plain
-    cross-entropy. Order and views are functions of the seed. Returns [cross-entropy, mse, cov, top] of the first and of
-    the last step (NaN: not computed). SystemExit if the loss is not finite."""
+    cross-entropy. k: of top. The order and the choice of views depend only on the seed. Returns [cross-entropy, mse,
+    cov, top] of the first step and of the last; without weights the last three are NaN. SystemExit if the loss is not
+    finite."""
     generator, history = torch.Generator().manual_seed(seed), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # released: all of them decay
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # all parameters decay, as released
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(y) / batch_size))
     model.train()
     for epoch in range(epochs):
         for rows in torch.randperm(len(y), generator=generator).split(batch_size):
-            # The released code encodes two new views at each step, but only for the MLP: its linear probe sees the
-            # centre crop. With V = 1 both views are the same.
+            # Two of the V views, or the same twice if V = 1. The released code encodes two new views at each step, but
+            # only for the MLP: its linear probe sees the centre crop.
             weak, strong = torch.randperm(max(2, len(x)), generator=generator)[:2] % len(x)
             f = torch.cat([x[weak, rows], x[strong, rows]])  # [2B, D]
             z, logits = model(f)
             loss = ce = F.cross_entropy(logits, y[rows].repeat(2))
-            mse, cov, top = regularisers(f, z, k) if any(weights) else ce.new_full((3,), math.nan)
+            mse = cov = top = ce.new_tensor(math.nan)
             if any(weights):
+                mse, cov, top = regularisers(f, z, k)
                 loss = ce + weights[0] * mse + weights[1] * cov - weights[2] * top
             if not loss.isfinite():
                 raise SystemExit(f"the loss is not finite in epoch {epoch + 1} (features have norms up to "
@@ -147,13 +151,13 @@ def fit(model, x, y, weights=(0., 0., 0.), k=5, lr=1e-3, epochs=30, batch_size=6
             loss.backward()
             optimizer.step()
             schedule.step()
-            history = [*history[:1], torch.stack([ce, mse, cov, top]).detach()]  # the first and the newest
+            history = history[:1] + [torch.stack([ce, mse, cov, top]).detach()]  # of the first step and of this one
     return history[0].tolist(), history[-1].tolist()
 
 
 @torch.no_grad()
 def apply(model, x):
-    """Features x [n, D] -> z [n, D], logits [n, classes] in eval mode, where a row does not depend on the others."""
+    """Features x [n, D] -> z [n, D], logits [n, classes] in eval mode, in which a row does not depend on others."""
     z, logits = zip(*map(model.eval(), x.split(4096)))
     return torch.cat(z), torch.cat(logits)
 
@@ -161,8 +165,8 @@ def apply(model, x):
 # the sets: pictures, views, features
 
 class Crops:
-    """What eval.encode_images reads: item j is view j % views of the picture places[j // views], a random crop; with
-    views = 0 the picture itself."""
+    """Pictures of a data set, chosen by their places, in the form that eval.encode_images reads. With views > 0 each
+    stands there as that many random crops: all of the first picture, then all of the second, ..."""
 
     def __init__(self, dataset, places, views, size):
         self.dataset, self.places, self.views, self.size = dataset, places, views, size
@@ -175,17 +179,18 @@ class Crops:
         image = self.dataset.image(self.places[i])
         if not self.views:
             return image
-        # open_clip's transform, as in the released code, whose default flags add RandAugment(3, 5) to the second view
+        # open_clip's crops, as by the command in the released README. The code's defaults add RandAugment(3, 5) to the
+        # second view.
         crop = data.random_resized_crop(image, self.size, (.9, 1), random.Random(f"{view} {self.places[i]}"))
         return Image.fromarray(crop.permute(1, 2, 0).numpy())
 
 
 def open_set(text, split, root, limit):
-    """A set of eval.py, or SET@PATTERN -> data set, places of the pictures chosen, and a str that tells its pictures
-    from those of other sets. SystemExit if none is chosen."""
+    """Opens a set of eval.py, or SET@PATTERN -> data set, places of the pictures chosen, and a str in which sets of
+    other pictures differ. SystemExit if no picture is chosen."""
     spec, _, pattern = (text, "", "") if os.path.exists(text) else text.partition("@")
     dataset = evaluator.open_test(spec, split, root)
-    files = [path for path, _ in getattr(getattr(dataset, "pictures", None), "samples", ())]  # a folder a class
+    files = [path for path, _ in getattr(getattr(dataset, "pictures", None), "samples", ())]  # if it is a folder
     places = range(len(dataset))
     if pattern:
         if not files and not hasattr(dataset, "key"):
@@ -196,17 +201,20 @@ def open_set(text, split, root, limit):
             raise SystemExit(f"{text}: what follows the @ is no regular expression ({error})") from None
         if not places:
             raise SystemExit(f"{text}: the pattern is in no key; one is {files[0] if files else dataset.key(0)}")
+    # The str is the path of the index of tars or tables, which is named by their content, or else names, sizes and
+    # times of the files, or else the set's name.
     state = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
     return dataset, list(places[:limit]), str(getattr(dataset, "index", state or [spec, split, root]))
 
 
 def features(model, preprocess, dataset, places, views, path, workers):
-    """Features x [V, n, D] of the readable pictures and their places [n], read from the file at path, which is made if
-    it is not there. Views are random crops; for views = 0 there is one, the model's own."""
+    """Features x [V, n, D] of the readable pictures at `places`, and the places [n] of these. They are read from the
+    file at path, which is made if it is not there. V = views random crops; with views = 0 it is 1, the picture as the
+    model's preprocessing gives it."""
     if not path.exists():
         crops, V = Crops(dataset, places, views, preprocess.size), max(1, views)
         x, index = evaluator.encode_images(model, crops, preprocess, workers=workers)
-        whole = torch.bincount(index // V, minlength=len(places)) == V  # readable in every view
+        whole = torch.bincount(index // V, minlength=len(places)) == V  # which pictures were readable in every view
         x = x[whole[index // V]].unflatten(0, (int(whole.sum()), V)).transpose(0, 1)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +227,8 @@ def features(model, preprocess, dataset, places, views, path, workers):
 
 
 def class_of(dataset, places, text):
-    """Names of all classes, and the name of each picture's class. The toy's are shapes; colours are its domains."""
+    """Names of all classes, and the name of each picture's class. The toy's classes are shapes here, because colours
+    are its domains."""
     names, y = dataset.classnames, evaluator.labels_of(dataset, places, dataset.classnames, text).tolist()
     if isinstance(dataset, data.ToyDataset):
         return list(data.SHAPES), [names[number].split()[-1] for number in y]
@@ -229,25 +238,27 @@ def class_of(dataset, places, text):
 # caption noise
 
 def swap(captions, share, seed):
-    """captions {key: list of str} -> the same, but round(share * n) keys, chosen at random, have the captions of
-    another of them, which differ from their own. SystemExit if that cannot be.
+    """captions {key: list of str} -> the same dict, but with wrong captions for round(share * n) of the n keys. These
+    are chosen at random, and each gets the captions of another one of them, which differ from its own. SystemExit if
+    that is not possible.
 
     The released code (open_clip/shuffle_data.py) exchanges the captions of two random pairs int(share * n) times. A
-    pair may come up again, and captions may be equal, so about 1 - exp(-2 share) of the pairs change: 18 % for .1.
+    pair may be drawn again, and captions may be equal, so about 1 - exp(-2 share) of the pairs change: 18 % for .1.
     """
     chosen = random.Random(seed).sample(list(captions), round(share * len(captions)))
-    equal = {}
+    equal = {}  # {caption as the tokenizer reads it: keys}
     for key in chosen:
-        equal.setdefault(data.clean("\n".join(captions[key])), []).append(key)  # as the tokenizer reads them
+        equal.setdefault(data.clean("\n".join(captions[key])), []).append(key)
     step = max(map(len, equal.values()), default=0)
     if 2 * step > len(chosen):
         raise SystemExit(f"--swap {share}: {step} of {len(chosen)} pairs have the same caption, so some keep theirs")
-    order = [key for keys in equal.values() for key in keys]  # equal ones side by side: none is `step` places further
+    # Keys of equal captions stand side by side, at most `step` of them. So what stands `step` places further differs.
+    order = [key for keys in equal.values() for key in keys]
     return captions | {key: captions[donor] for key, donor in zip(order, order[step:] + order[:step])}
 
 
 def write_noise(args):
-    """Prints a file for --subset: a line for each key and caption."""
+    """--swap: prints a file for --subset, in which each line is a key, a tab and a caption."""
     captions = {}
     for key, caption in data.captions(args.data, args.limit, args.data_root):
         if not key.strip() or re.search(r"[\t\n\r\ud800-\udfff]", key):
@@ -261,8 +272,10 @@ def write_noise(args):
 # weights, flags, the table
 
 WEIGHTS = {  # of mse, cov and top; then k, the number of singular values in top
-    "released": (1., .04, .001, 5),  # README's command; top is at most 1/5, so .0002 in the loss
-    "paper": (.01, .01, .01, 1),  # one lambda for all (quoted in a review); main multiplies mse by D, see regularisers
+    "released": (1., .04, .001, 5),  # README's command; top is at most 1/5, so it changes the loss by .0002 at most
+    # One lambda for all terms, as a review quotes it. The paper's own text was not at hand, so the terms are as others
+    # tell them. main multiplies mse by D, see regularisers.
+    "paper": (.01, .01, .01, 1),
 }
 
 
@@ -275,13 +288,14 @@ def parse_args(argv=None):
     add("--ood", metavar="SETS", help="comma list of test sets of other domains, without commas in patterns")
     add("--views", type=int, default=4, help="random crops of each training picture")
     add("--paper", action="store_true", help="the paper's weights of the regularisers in place of the released code's")
-    add("--epochs", type=int, default=30)
+    add("--epochs", type=int, default=30, help="of the classifiers")
     add("--limit", type=int, help="only the first N pictures of a set; with --swap the first N pairs")
     add("--out", default="runs/nmtune", help="folder for the features (default: %(default)s)")
     add("--json", metavar="FILE", help="write all results")
-    add("--workers", type=int, default=min(8, os.cpu_count()))
+    add("--workers", type=int, default=min(8, data.cores()), help="processes that read pictures")
     add("--seed", type=int, default=0)
-    add("--swap", type=float, metavar="SHARE", help="print a --subset file of --data, this share swapped")
+    add("--swap", type=float, metavar="SHARE", help="print a --subset file of --data in which this share has wrong "
+        "captions, and do nothing else")
     add("--data", default="toy", help="for --swap: what clip.py's --data takes")
     add("--data-root", metavar="DIR", help="torchvision's files, cc3m (default $CLIP_DATA or ./datasets)")
     args = parser.parse_args(argv)
@@ -292,7 +306,7 @@ def parse_args(argv=None):
     if min(args.views, args.epochs, args.limit or 1) < 1 or min(args.workers, args.seed) < 0:
         raise SystemExit("--views, --epochs and --limit begin at 1, --workers and --seed at 0")
     if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
-        raise SystemExit(f"--json {args.json} cannot be written: a folder, or in none")
+        raise SystemExit(f"--json {args.json} cannot be written: it is a folder, or its folder does not exist")
     return args
 
 
@@ -304,7 +318,7 @@ def main(argv=None):
     model, tokenizer, preprocess = evaluator.load(args.checkpoint, device)
     checkpoint = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
 
-    # features of the training set and of the test sets, whose classes are found by name
+    # features of the training set, then of the test sets, of which only the classes of the training set are used
     ood = args.ood.split(",") if args.ood else ["toy"] if args.train == "toy-seen" else []
     specs = [args.train, args.test or args.train, *ood]
     opened = [open_set(spec, "test" if i else "train", args.data_root, args.limit) for i, spec in enumerate(specs)]
@@ -319,7 +333,8 @@ def main(argv=None):
         if not x.isfinite().all():
             raise SystemExit(f"{args.checkpoint} gives features of {spec} that are not finite: did its training fail?")
         classnames, y = class_of(dataset, places, spec)
-        names = names if sets else classnames
+        if not sets:
+            names = classnames  # of the training set; other sets may number the same classes differently
         known = torch.tensor([name in names for name in y])
         if not known.any():
             raise SystemExit(f"{spec} has no picture of a class of {args.train}, such as {names[0]!r}")
@@ -339,19 +354,20 @@ def main(argv=None):
                                        | evaluator.accuracy(logits.argmax(1) == test_y, test_y, len(names)))
 
     # zero-shot, then three classifiers on the same inputs in the same order
-    *_, phrase = evaluator.DATASETS.get(args.train, ("{}",))
+    phrase = evaluator.DATASETS.get(args.train, ("{}",))[-1]  # such as "{}, a kind of pet"
     prompts, start = [template.replace("{}", phrase) for template in evaluator.TEMPLATES], time.perf_counter()
     text = evaluator.text_classifier(model, tokenizer, names, prompts)
     add_row("zero-shot", start, lambda f: (f, F.normalize(f, dim=1) @ text.T))
     mse, cov, top, k = WEIGHTS["paper" if args.paper else "released"]
     tuned, plain = (mse * D if args.paper else mse, cov, top), (0, 0, 0)
-    for name, weights, lr in (("linear probe", plain, 1e-2), ("MLP", plain, 1e-3), ("NMTune", tuned, 1e-3)):  # released
+    # the released learning rates
+    for name, weights, lr in (("linear probe", plain, 1e-2), ("MLP", plain, 1e-3), ("NMTune", tuned, 1e-3)):
         torch.manual_seed(args.seed)
         start, classifier = time.perf_counter(), NMTune(D, len(names), linear=name == "linear probe").to(device)
         history = fit(classifier, x, y, weights, k, lr, args.epochs, seed=args.seed)
         add_row(name, start, lambda f: apply(classifier, f))
 
-    print("accuracy in per cent; SVE and LSVR, in domain, of the features that the row's classifier reads")
+    print("accuracy in %; SVE and LSVR of the features, in domain, that the classifier of the row reads")
     print(" " * 12, *(f"{head:>9}" for head in [*heads[1:], "SVE", "LSVR", "seconds"]))
     for name, row in rows.items():
         first, accuracies = row["tests"][0], [f"{100 * test['top1']:9.1f}" for test in row["tests"]]
