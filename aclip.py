@@ -1,36 +1,37 @@
 """A-CLIP: CLIP on two views with half of their patches each, the half that an averaged copy of the model looks at.
 
 The idea. Half of the patches cost half as much, and a caption speaks of only a part of its picture. FLIP drops patches
-at random and may drop what the caption names. A-CLIP asks a second image tower, whose weights are the running average
-(EMA) of the trained ones. It sees a wide crop of the picture, whole and in its own colours. The patches to which its
-class token pays attention stay. Two masked views cost about as much as one whole view. Two more losses compare them:
-SimCLR with each other, BYOL with the averaged tower's feature of the wide crop. At test time the model uses all
-patches.
+at random and may drop what the caption names. A-CLIP asks a second image tower, the EMA tower, whose weights are a
+running average of the trained ones. It sees a wide crop of the picture, with all patches and in its own colours. The
+patches to which its class token pays most attention stay. Two masked views cost about as much as one whole view. Two
+more losses use them: SimCLR compares the views with each other, BYOL each with the EMA tower's feature of the wide
+crop. At test time the model uses all patches.
 
-The loss. h_1 and h_2 are the class tokens of the masked views, W their projection, y the text feature. h' is the
-averaged tower's class token, without gradient. The networks g (SimCLR's projector), p (BYOL's projector) and r (BYOL's
-predictor) are small MLPs with batch norm; p' is the average of p.
+The loss. h_1 and h_2 are the class tokens of the masked views, x_1 and x_2 their image features, y the text feature. h'
+is the EMA tower's class token, without gradient. g (simclr), p (projector) and r (predictor) are small MLPs with batch
+norm; p' is the average of p.
 
-    score  = mean over layers and heads of softmax(<q_class, k> / 8), read at the patches     [B, P], for both views
-    view v keeps floor(cells / 2) + 1 of its cells of 2x2 patches, 25 of 49 for ViT-B-16, by the score inside its crop
-    clip   = 1/2 [ clip_loss(W h_1, y) + clip_loss(W h_2, y) ]
+    score  = attention of the EMA tower's class token to each patch, mean over layers and heads      [B, P]
+    clip   = 1/2 [clip_loss(x_1, y) + clip_loss(x_2, y)]
     ntxent = NT-Xent between g(h_1) and g(h_2) at temperature 0.1
     byol   = mean over v of 2 - 2 cos(r(p(h_v)), p'(h'))
     L      = clip + ntxent + 2 byol
 
-After each step ema <- m ema + (1 - m) weights. The momentum m rises from --ema-momentum to 1 along half a cosine.
+Each view reads the score inside its own crop and keeps the best floor(cells/2) + 1 of its cells of 2x2 patches, 25 of
+49 for ViT-B-16. After each step ema <- m ema + (1-m) weights. The momentum m rises from --ema-momentum to 1 along half
+a cosine.
 
-What it brought (authors' README: ImageNet zero-shot, ViT-B-16, 25 epochs of YFCC15M, one run each): CLIP 37.6 %, a
-random half of two views 38.0, their attentive half 41.3, A-CLIP 43.9; SLIP 42.8. It takes 1.16 times CLIP's time there
-(1.29 times the FLOPs), SLIP 2.67 times. A-CLIP-eff, whose averaged tower sees half the resolution (--ema-size 112), has
-42.9 % in 0.86 times CLIP's time. Memory: one more copy of the weights.
+What it brought (authors' README: ImageNet zero-shot, ViT-B-16, 25 epochs of YFCC15M, one run each): CLIP 37.6 %, SLIP
+42.8, A-CLIP 43.9. Without SimCLR and BYOL a random half of two views has 38.0, the attentive half 41.3. A-CLIP took
+1.16 times CLIP's time there (by our count 1.29 times the FLOPs), SLIP 2.67 times. A-CLIP-eff, whose EMA tower sees half
+the resolution (--ema-size 112), has 42.9 % in 0.86 times CLIP's time. Memory: one more copy of the weights.
 
-Look at masks.png before you trust the masks: on small data they may miss the object (tests/RESULTS.md).
+On small data the masks may miss the object: look at masks.png.
 
 How to run.
     python aclip.py                                                              built-in pictures, minutes
     torchrun --nproc_per_node=8 aclip.py --data yfcc15m --eval /imagenet/val     see RECIPES for the settings
-    python aclip.py --mask none --views 1 --ssl 0 --out runs/plain               CLIP, but for the frozen patch weights
+    python aclip.py --mask none --views 1 --ssl 0 --out runs/plain               CLIP with frozen patch weights
     python eval.py runs/aclip-toy/last.pt --data toy --weights ema               the averaged model
 
 Sources: Yang et al. 2023 (arXiv 2212.08653), github.com/microsoft/A-CLIP, which builds on SLIP (arXiv 2112.12750).
@@ -67,7 +68,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())  # fills rows: chunks are views
+        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())  # fills rows, as chunks are views
         return rows
 
     @staticmethod
@@ -87,16 +88,17 @@ def clip_loss(image_features, text_features, logit_scale):
 
     image_features, text_features: unit rows [B, D]; row i of one belongs to row i of the other. B is equal on all
     ranks. logit_scale: the factor s itself, not its log. Returns a scalar in at least fp32, also under autocast,
-    because bf16 rounds logits near 100 to multiples of 0.5. The mean over ranks is the loss of the whole batch of N = W
-    B pairs. If all logits are equal, it is ln N.
+    because bf16 rounds logits near 100 to multiples of 0.5. The mean over the W ranks is the loss of the whole batch of
+    N = W B pairs. If all logits are equal, the loss is ln N.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
-# The released code of SLIP gathers without gradient. There a feature learns only as a query (a row of the logits),
-        # never as a candidate (a column), and its gradient points elsewhere. open_clip by default divides the towers'
-        # gradient by W; its flags --local-loss and --gather-with-grad together prevent that.
+        # The released code of SLIP gathers without gradient. There a feature learns only as a query (a row of the
+        # logits), never as a candidate (a column), so its gradient has another direction. open_clip's towers get the
+        # gradient of the whole batch divided by W, unless its flags --local-loss and --gather-with-grad are given
+        # together.
         all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
-        rank = dist.get_rank() if len(all_x) > len(x) else 0  # one process has no process group
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         labels = torch.arange(len(x), device=x.device) + rank * len(x)  # the columns of this rank's own pairs
         image_logits = logit_scale * x @ all_y.T  # [B, N]
         text_logits = logit_scale * y @ all_x.T  # [B, N]
@@ -106,13 +108,14 @@ def clip_loss(image_features, text_features, logit_scale):
 # the method: crops, masks, losses, batch norm of the heads, average of the weights
 
 def three_crops(size, rng, scale=(.5, 1.), ratio=(3 / 4, 4 / 3)):
-    """Boxes [3, 4] int64 (top, left, height, width) in a picture of size = (width, height): two random crops, drawn by
-    torchvision's rule for RandomResizedCrop, and a wide crop for the EMA tower, which holds both. Each side of the wide
-    crop lies anywhere between theirs and the picture's. rng: random.Random. Released: GetThreeRandomResizedCrop."""
+    """Boxes [3, 4] int64 (top, left, height, width) in a picture of size = (width, height): view 1, view 2, and the
+    wide crop for the EMA tower, which holds both views. The views are drawn by torchvision's rule for
+    RandomResizedCrop. Each edge of the wide crop is drawn between the picture's edge and the outer one of the views'
+    two edges. rng: random.Random. In the released code this is GetThreeRandomResizedCrop."""
     width, height = size
     boxes = []
     for _ in range(2):
-        for _ in range(10):
+        for _ in range(10):  # torchvision gives up after ten tries
             area, aspect = width * height * rng.uniform(*scale), math.exp(rng.uniform(*map(math.log, ratio)))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
@@ -121,8 +124,8 @@ def three_crops(size, rng, scale=(.5, 1.), ratio=(3 / 4, 4 / 3)):
         else:  # the middle of a long picture
             w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
             boxes.append(((height - h) // 2, (width - w) // 2, h, w))
-    # The released code draws the left side from a height and takes one bound before the corner moves. So its wide crop
-    # misses a part of a view in 70 % of the samples; that part scores 0 and is dropped first.
+    # The released code bounds the left edge by a height, and bounds height and width before it moves the corner. So in
+    # 70 % of the samples its wide crop misses a part of a view. That part scores 0 and is dropped first.
     top = rng.randint(0, min(box[0] for box in boxes))
     left = rng.randint(0, min(box[1] for box in boxes))
     bottom = rng.randint(max(box[0] + box[2] for box in boxes), height)
@@ -131,21 +134,22 @@ def three_crops(size, rng, scale=(.5, 1.), ratio=(3 / 4, 4 / 3)):
 
 
 def attentive_keep(score, boxes, grid=None):
-    """The patches of two views that the attention in a wide crop around them calls important: [2B, kept] int64, view 1
+    """Numbers of the patches that two views keep, by the score of a wide crop around them: [2B, kept] int64, view 1
     first.
 
     score [B, P]: attention of the class token to each patch of the wide crop. boxes [B, 3, 4]: (top, left, height,
     width) of view 1, view 2 and the wide crop in one picture, in any unit. grid: patches along a side of the views
-    (default: as many as the wide crop has). The score is read at the centre of each patch of a view, bilinear, and
-    continued at the edges. Then floor(cells / 2) + 1 cells stay. A cell is 2x2 patches, or one patch where the grid is
-    odd or below 8. Released: ACLIP.get_mask and get_att_mask, which loop over the pictures and wait for the GPU.
+    (default: as many as the wide crop has). The score is read at the centre of each patch of a view by bilinear
+    interpolation; beyond the outermost centres it stays constant. The best floor(cells / 2) + 1 cells are kept. A cell
+    is 2x2 patches, or one patch if grid is odd or below 8. The released code (ACLIP.get_mask, get_att_mask)
+    interpolates to pixels and back, in a loop over the pictures that waits for the GPU.
     """
     with torch.autocast(score.device.type, enabled=False):
         score = score.to(torch.promote_types(score.dtype, torch.float32))
         (B, P), boxes = score.shape, boxes.to(score.dtype)
         grid = grid or math.isqrt(P)
         side = 2 if grid % 2 == 0 and grid >= 8 else 1  # of a cell, in patches
-        view_box, wide_box = boxes[:, :2].transpose(0, 1).flatten(0, 1), boxes[:, 2].repeat(2, 1)  # [2B, 4]
+        view_box, wide_box = boxes[:, :2].transpose(0, 1).flatten(0, 1), boxes[:, 2].repeat(2, 1)  # [2B, 4] each
         centres = (torch.arange(grid, dtype=score.dtype, device=score.device) + .5) / grid  # of patches, along a side
         pixels = view_box[:, :2, None] + view_box[:, 2:, None] * centres  # [2B, (y, x), g] in the picture
         y, x = (2 * (pixels - wide_box[:, :2, None]) / wide_box[:, 2:, None] - 1).unbind(1)  # in the wide crop, -1 to 1
@@ -155,21 +159,24 @@ def attentive_keep(score, boxes, grid=None):
         seen = F.grid_sample(maps, places, padding_mode="border", align_corners=False)  # [2B, 1, g, g]
         cells = F.avg_pool2d(seen, side).flatten(1)  # [2B, cells]
         best = cells.topk(cells.shape[1] // 2 + 1).indices  # [2B, k]
+        # numbers of the patches by (row of cells, row in the cell, column of cells, column in the cell)
         patches = torch.arange(grid ** 2, device=score.device).view(grid // side, side, grid // side, side)
-        return patches.transpose(1, 2).reshape(-1, side * side)[best].flatten(1)  # of each cell its patches
+        patches = patches.transpose(1, 2).reshape(-1, side * side)  # [cells, side ** 2]
+        return patches[best].flatten(1)
 
 
 def random_keep(batch, patches, kept, generator=None):
-    """FLIP's random masks: [batch, kept] int64, in each row kept different numbers below patches."""
+    """FLIP's random masks: int64 [batch, kept]. Each row holds distinct numbers drawn from range(patches)."""
     return torch.rand(batch, patches, generator=generator).argsort(1)[:, :kept]
 
 
 def ntxent_loss(a, b, temperature):
     """NT-Xent of SimCLR (Chen et al. 2020, equation 1) over all ranks, for the rows of this rank.
 
-    a, b [B, d]: two views, row i of one belongs to row i of the other; they are made unit here. Each of the 2N rows
-    picks the other view of its picture among the 2N - 1 other rows. Returns a scalar in at least fp32. For N orthogonal
-    pairs of equal rows it is log(1 + 2 (N-1) exp(-1/T)).
+    a, b [B, d]: features of two views, brought to unit norm here; row i of one belongs to row i of the other. Each of
+    the 2N rows of all ranks picks the other view of its picture among the 2N - 1 other rows. Returns a scalar in at
+    least fp32. The mean over ranks is the loss of the whole batch. If the views are equal and the N rows of one are
+    orthogonal, the loss is ln(1 + 2 (N-1) exp(-1/temperature)).
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (a, b))
@@ -177,25 +184,27 @@ def ntxent_loss(a, b, temperature):
         rank = dist.get_rank() if len(all_a) > len(a) else 0
         labels = torch.arange(len(a), device=a.device) + rank * len(a)
 
-        def one_way(x, others, own):
+        def one_way(x, others, own):  # x: a view of this rank, own: the same view of all ranks, others: the other view
             same = (x @ own.T).scatter(1, labels[:, None], -torch.inf)  # no row picks itself
-            return F.cross_entropy(torch.cat([x @ others.T, same], 1) / temperature, labels)  # [B, 2N]
+            return F.cross_entropy(torch.cat([x @ others.T, same], 1) / temperature, labels)  # logits [B, 2N]
 
         return (one_way(a, all_b, all_a) + one_way(b, all_a, all_b)) / 2
 
 
 def byol_loss(prediction, target):
-    """Mean over rows of 2 - 2 cos (Grill et al. 2020, equation 2). prediction, target [n, d]; the target gets no
-    gradient. Returns a scalar in at least fp32: 0 for equal directions, 2 for orthogonal rows, 4 for opposite ones. It
-    compares rows of this rank only, so the mean over ranks is exact."""
+    """Mean over rows of 2 - 2 cos(prediction, target) (Grill et al. 2020, equation 2). prediction, target [n, d]; the
+    target gets no gradient. Returns a scalar in at least fp32: 0 for equal directions, 2 for orthogonal rows, 4 for
+    opposite ones. Each row is compared with its own target only, so the mean over ranks is the loss of the whole
+    batch."""
     with torch.autocast(prediction.device.type, enabled=False):
         p, z = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (prediction, target.detach()))
         return (2 - 2 * F.cosine_similarity(p, z, dim=-1)).mean()
 
 
 class SyncBatchNorm(nn.Module):
-    """Batch norm of x [n, C] with the mean and variance of the rows of all ranks (n equal on all), in at least fp32,
-    also on a CPU, which PyTorch's refuses. It keeps no running statistics: only training needs the heads."""
+    """Batch norm of x [n, C] with the mean and variance of the rows of all ranks, in at least fp32. n is equal on all
+    ranks. It also runs on a CPU, where nn.SyncBatchNorm does not. It keeps no running statistics, because only training
+    needs the heads."""
 
     def __init__(self, width, eps=1e-5):
         super().__init__()
@@ -205,14 +214,14 @@ class SyncBatchNorm(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             h = x.to(torch.promote_types(x.dtype, torch.float32))
             h = h - gather(h.mean(0, keepdim=True)).mean(0)
-            variance = gather(h.square().mean(0, keepdim=True)).mean(0)  # two passes: E[x^2] - E[x]^2 cancels
+            variance = gather(h.square().mean(0, keepdim=True)).mean(0)  # E[x^2] - E[x]^2 would cancel
             return (h * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 
 @torch.no_grad()
 def update_ema(ema, online, momentum):
     """ema <- momentum * ema + (1 - momentum) * online, in place, for all parameters of two modules built alike.
-    momentum: a float, or a tensor [] so that the host need not wait. 1 leaves ema as it is, 0 copies."""
+    momentum: a float, or a tensor [], which the host need not wait for. 1 leaves ema as it is, 0 copies online."""
     for old, new in zip(ema.parameters(), online.parameters(), strict=True):
         old.lerp_(new, (1 - momentum).to(old.dtype) if torch.is_tensor(momentum) else 1 - momentum)
 
@@ -220,7 +229,7 @@ def update_ema(ema, online, momentum):
 # encoders: OpenAI's towers under open_clip's parameter names
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU. Their weights need it; with plain GELU they load all the same and lose points."""
+    """OpenAI's approximation of GELU. OpenAI's weights need it; with plain GELU they load, but lose points."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -302,8 +311,8 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck. In both branches an average pool before a convolution of stride 1 takes the place of a
-    stride."""
+    """ResNet bottleneck. Where other ResNets have a convolution with a stride, both branches have an average pool and a
+    convolution of stride 1."""
 
     def __init__(self, inplanes, planes, stride=1):
         super().__init__()
@@ -314,7 +323,7 @@ class Bottleneck(nn.Module):
         self.avgpool = nn.AvgPool2d(stride)
         self.downsample = nn.Identity()
         if stride > 1 or inplanes != 4 * planes:
-            self.downsample = nn.Sequential(OrderedDict([
+            self.downsample = nn.Sequential(OrderedDict([  # under OpenAI's names
                 ("-1", nn.AvgPool2d(stride)),
                 ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)),
                 ("1", nn.BatchNorm2d(4 * planes))]))
@@ -327,8 +336,8 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """One attention step with heads of width 64. The query is the mean of the grid; keys and values are mean and
-    grid."""
+    """One attention step with heads of width 64. The only query is the mean of the grid's vectors; keys and values come
+    from this mean and from all vectors."""
 
     def __init__(self, grid, width, embed_dim):
         super().__init__()
@@ -349,11 +358,12 @@ class AttentionPool2d(nn.Module):
 
 @contextmanager
 def frozen_statistics(module):
-    """Inside the block, batch norms in training mode normalise as ever but leave their running statistics alone."""
+    """Inside the with statement, the module's batch norms normalise as in training, but do not update their running
+    statistics."""
     norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0., None  # add nothing to mean and variance, count no batch
+        norm.momentum, norm.num_batches_tracked = 0., None  # change no mean or variance, count no batch
     try:
         yield
     finally:
@@ -362,8 +372,8 @@ def frozen_statistics(module):
 
 
 def update_once(module):
-    """For torch.utils.checkpoint: the context in which a module with batch norms is computed in the forward pass, and
-    the one in which the backward pass computes it again."""
+    """context_fn of torch.utils.checkpoint for a module with batch norms. Returns two contexts: one for the forward
+    pass, and one for its repetition in the backward pass, which must not update the running statistics again."""
     return nullcontext(), frozen_statistics(module)
 
 
@@ -395,20 +405,19 @@ class ModifiedResNet(nn.Module):
         x = self.avgpool(self.bn3(self.conv3(x)).relu())
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                # torch.compile updates statistics once by itself, and takes no context_fn
-                contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(update_once, stage)}
-                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False,
+                               context_fn=partial(update_once, stage))
             else:
                 x = stage(x)
         return self.attnpool(x)
 
 
 class MaskedVisionTransformer(VisionTransformer):
-    """A ViT that can run on some of its patches and that tells where its class token looks."""
+    """A ViT that can run on some of its patches, and that can tell where its class token looks."""
 
     def embed(self, images):
-        """As VisionTransformer.embed. For pictures of another size than the model's, positions are interpolated,
-        bilinear. That is our guess for A-CLIP-eff, which the paper only names and the released code lacks."""
+        """As VisionTransformer.embed, for pictures of any size. If it is not the model's, the positions are
+        interpolated (bilinear). That is our guess for A-CLIP-eff, which the released code lacks."""
         grid, own = images.shape[-1] // self.conv1.kernel_size[0], math.isqrt(len(self.positional_embedding) - 1)
         if grid == own:
             return super().embed(images)
@@ -419,8 +428,8 @@ class MaskedVisionTransformer(VisionTransformer):
         return self.ln_pre(torch.cat([class_token, patches], 1) + torch.cat([self.positional_embedding[:1], positions]))
 
     def class_token(self, images, keep=None):
-        """[n, 3, S, S] -> the class token before its projection [n, C]. keep [n, k]: the patches that enter the first
-        block, in any order, each with its position in the whole picture. None: all patches."""
+        """Normalised pictures [n, 3, S, S] -> the class token before its projection [n, C]. keep [n, k]: numbers of the
+        patches that enter the first block, in any order, each with its position in the picture; None for all."""
         x = self.embed(images)
         if keep is not None:
             keep = F.pad(keep + 1, (1, 0))  # token 0, the class token, stays
@@ -428,16 +437,17 @@ class MaskedVisionTransformer(VisionTransformer):
         return self.ln_post(self.transformer(x)[:, 0])
 
     def attend(self, images):
-        """[n, 3, S, S] -> class token [n, C] and score [n, P]: how much attention each patch gets from the class token,
-        mean over all layers and heads (released: MaskVisionTransformer.forward_features). Fused attention does not tell
-        its weights, so this writes out Block and Attention and computes the row of the class token once more."""
+        """Normalised pictures [n, 3, S, S] -> class token [n, C] and score [n, P]: how much attention each patch gets
+        from the class token, mean over all layers and heads. Fused attention does not return its weights. So this
+        method writes out Block and Attention, and computes the weights of the class token once more. In the released
+        code this is MaskVisionTransformer.forward_features."""
         x, score = self.embed(images), 0
         for block in self.transformer.resblocks:
             qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
             q, k, v = qkv.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # [n, heads, 1+P, 64] each
-            logits = (q[:, :, :1] @ k.mT).squeeze(2) / 8  # <q_class, k> / 8: [n, heads, 1+P]
+            logits = (q[:, :, :1] @ k.mT).squeeze(2) / 8  # <q_class, k> / 8, as a head is 64 wide: [n, heads, 1+P]
             weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-            score = score + weights.mean(1)[:, 1:]
+            score = score + weights.mean(1)[:, 1:]  # [n, P], without the class token's attention to itself
             x = x + block.attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
             x = x + block.mlp(block.ln_2(x))
         return self.ln_post(x[:, 0]), score / len(self.transformer.resblocks)
@@ -445,7 +455,7 @@ class MaskedVisionTransformer(VisionTransformer):
 
 class CLIP(nn.Module):
     """The two towers and the scale. vision_layers: one number for a ViT, four (one a stage) for a ResNet."""
-    image_tower = VisionTransformer  # a method that changes the ViT names its own class here
+    image_tower = VisionTransformer  # a script with another ViT puts its class here
 
     def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width,
                  text_layers, quick_gelu=False):
@@ -461,8 +471,8 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log of s
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        # out_proj and c_proj write 2 * text_layers outputs into one sum, so they start smaller by the root of that
-        # number
+        # The outputs of out_proj and c_proj of all blocks, 2 * text_layers of them, add up in the residual stream. So
+        # these two start smaller by the square root of that number.
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
@@ -475,15 +485,16 @@ class CLIP(nn.Module):
 
     def text_tokens(self, tokens):
         """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. The tower is
-        causal: nothing after the end token matters, so the loader cuts batches after the longest caption."""
+        causal: what follows the end token does not change its feature. So the loader cuts a batch near the end of its
+        longest caption."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         return self.ln_final(self.transformer(x, causal=True))
 
     def encode_text(self, tokens, eot=None):
-        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: its places [B]; by default
-        the place of the largest id. Our tokenizer writes an end token at the end of a caption that it has to cut. The
-        released code of SLIP does not: the largest id of a long caption is then the start token, whose feature is the
-        same for all captions."""
+        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: positions [B] of the end
+        tokens. By default that is the position of the largest id, which is the end token unless a method adds an id. If
+        a caption is too long, our tokenizer puts the end token in the last place. The released code of SLIP only cuts.
+        Then the largest id is the start token, and its feature is the same for all long captions."""
         x = self.text_tokens(tokens)
         eot = tokens.argmax(-1) if eot is None else eot
         return x[torch.arange(len(x), device=x.device), eot] @ self.text_projection
@@ -496,7 +507,7 @@ class CLIP(nn.Module):
         return image_features, text_features, self.logit_scale.exp()
 
 
-MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 text layers where nothing else is said
+MODELS = {  # OpenAI's and open_clip's sizes, tiny ones ours; 224 pixels and 12 text layers if none are given
     "ViT-B-32": dict(embed_dim=512, patch_size=32, vision_width=768, vision_layers=12, text_width=512),
     "ViT-B-16": dict(embed_dim=512, patch_size=16, vision_width=768, vision_layers=12, text_width=512),
     "ViT-S-16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_layers=12, text_width=384),
@@ -510,12 +521,12 @@ MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 t
 
 def build(source, cls=CLIP, **overrides):
     """A model of class cls. source is a name in MODELS for a new model, or a state dict, whose shapes say the sizes.
-    overrides: keyword arguments of cls that replace or complete the sizes. A state dict does not tell quick_gelu."""
+    overrides: keyword arguments of cls that replace or complete the sizes, such as quick_gelu, which no shape says."""
     if isinstance(source, str):
         sizes = {"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source]}
         return cls(**{**sizes, **overrides})
 
-    def depth(prefix):
+    def depth(prefix):  # how many modules a list has
         return len({key[len(prefix):].split(".")[0] for key in source if key.startswith(prefix)})
 
     conv, positions = source["visual.conv1.weight"], source["positional_embedding"]
@@ -536,9 +547,10 @@ def build(source, cls=CLIP, **overrides):
 
 
 class ACLIP(CLIP):
-    """CLIP whose image tower can drop patches, with the heads of SimCLR and BYOL on its class token (none if
-    ssl_mlp_dim is 0). The patch weights stay as they were drawn, which keeps a ViT's training stable (MoCo v3)."""
-    image_tower = MaskedVisionTransformer  # released: timm's ViT, without the norm before the blocks
+    """CLIP whose image tower can drop patches, with the heads of SimCLR and BYOL on its class token. The heads have
+    hidden width ssl_mlp_dim; 0 means no heads. The weights of the patch embedding are not trained, which keeps a ViT's
+    training stable (MoCo v3)."""
+    image_tower = MaskedVisionTransformer  # the released code has timm's ViT, which has no norm before the blocks
 
     def __init__(self, *args, ssl_mlp_dim=4096, **kwargs):
         super().__init__(*args, **kwargs)
@@ -554,37 +566,44 @@ class ACLIP(CLIP):
                 for width in (C, 256))
 
     def forward(self, images, tokens, keep=None):
-        """Views [v*B, 3, S, S], view 1 first, tokens [B, L], patches to keep [v*B, k] or None for all -> unit
-        image_features [v*B, D], unit text_features [B, D], the factor s, SimCLR's projection and BYOL's prediction
-        [v*B, 256], or None for both."""
+        """images [v*B, 3, S, S]: one or two views, view 1 first. tokens [B, L]. keep [v*B, k]: numbers of the patches
+        to keep, or None for all. Returns unit image_features [v*B, D], unit text_features [B, D], the factor s, and
+        SimCLR's projection and BYOL's prediction, [v*B, 256] each. Without heads these two are None."""
         x = self.visual.class_token(images, keep)
         image_features, text_features = (
             F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1)
             for f in (x @ self.visual.proj, self.encode_text(tokens)))
         simclr, prediction = None, None
         if hasattr(self, "simclr"):
-            simclr, prediction = self.simclr(x), self.predictor(self.projector(x))  # of both views as one batch
+            # batch norm takes both views as one batch
+            simclr, prediction = self.simclr(x), self.predictor(self.projector(x))
         return image_features, text_features, self.logit_scale.exp(), simclr, prediction
 
 
 # views and picture
 
-AUGMENT = {  # range of the share of a picture's area that a crop keeps, and the arguments of data.color_params: jitter
-    # holds a probability and the ranges of brightness, contrast, saturation and hue; the others are probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip has (.9, 1); none changes colours
+AUGMENT = {  # Two entries for each method: how much of a picture's area a crop keeps (a range), and arguments of
+    # data.color_params. jitter holds a probability and the ranges of brightness, contrast, saturation and hue. The
+    # other arguments are probabilities.
+    "clip": ((.5, 1.), dict()),  # as in SLIP's and DeCLIP's baselines; open_clip has (.9, 1.), and no colours either
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2's
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
-    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # a flip hinders mapping
+    # SLIP changes only the two crops that SimCLR compares
+    "slip": ((.08, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),
+    # no flip, so that a place in one crop is found in another by shift and scale
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),
 }
 
 
 def aclip_views(image, caption, rng, tokenizer, size, augment, views, ema_size, random_patches):
-    """One sample, made in a worker: image bytes and a caption -> dict of one or two views images, uint8 [v, 3, S, S],
-    their colour parameters colors [v, 8], the EMA tower's wide crop ema_images in its own colours, the three boxes [3,
-    4], tokens [L], and random masks keep [v, k] out of random_patches patches if that is not 0. All crops come from one
-    decoded picture. None is flipped, also where --augment flips, so that they map onto each other."""
+    """One sample, made in a worker from image bytes and a caption. rng: random.Random. Returns a dict: "images" are one
+    or two views, uint8 [v, 3, S, S]; "colors" [v, 8] are their colour parameters, if the augmentation changes colours;
+    "ema_images" is the wide crop for the EMA tower, in its own colours; "boxes" [3, 4] are those of three_crops;
+    "tokens" [L]; "keep" [v, k] are random masks of half of a view's random_patches patches, if that is not 0. No
+    crop is flipped, whatever augment says, because the boxes map the views onto the wide crop."""
     area, colors = AUGMENT[augment]
-    image = data.decode(image, (2 * size, 2 * size))  # a crop of half the area then has more than size pixels a side
+    # in a picture of this size a crop of half of the area has more than size pixels a side
+    image = data.decode(image, (2 * size, 2 * size))
     boxes = three_crops(image.size, rng, area)
     *crops, wide = boxes.tolist()
     sample = {"images": torch.stack([data.resize_crop(image, box, size) for box in crops[:views]]), "boxes": boxes,
@@ -598,8 +617,9 @@ def aclip_views(image, caption, rng, tokenizer, size, augment, views, ema_size, 
 
 
 def masks_picture(path, ema, preprocess, dataset, show=8):
-    """Writes the paper's figure from training pictures: what the EMA tower sees, the same with grey where its class
-    token looks little, and the views with grey in place of the patches that attentive masks drop."""
+    """Writes a picture with a row for each of some training samples: the wide crop that the EMA tower sees, the same
+    crop with grey where its class token looks little, and the views with grey in place of the patches that attentive
+    masks drop."""
     samples = [dataset[i, 0] for i in range(0, len(dataset), max(1, len(dataset) // show))][:show]
     wide, boxes = (torch.stack([sample[name] for sample in samples]).to(ema.logit_scale.device)
                    for name in ("ema_images", "boxes"))
@@ -611,7 +631,7 @@ def masks_picture(path, ema, preprocess, dataset, show=8):
     low, high = score.aminmax(dim=1, keepdim=True)
     light = ((score - low) / (high - low).clamp(min=1e-12)).cpu().unflatten(1, (math.isqrt(score.shape[1]), -1))
 
-    def shade(image, light):  # grey where light [g, g] is 0
+    def shade(image, light):  # light [g, g]: 1 leaves the picture as it is, 0 makes it grey
         return (128 + (image - 128.) * F.interpolate(light[None, None], image.shape[1:])[0]).byte()
 
     images, captions = [], []
@@ -625,19 +645,19 @@ def masks_picture(path, ema, preprocess, dataset, show=8):
 
 
 RECIPES = {  # batch size of all ranks together, warm-up in steps
-    # toy and small are ours. The captions of toy name colours, so its colours stay. The average follows within a few
-    # hundred steps: with m from .996 it stays near its start, where the masks are chance.
+    # toy and small are ours. The captions of toy name colours, so its colours stay. These runs have few steps: with m
+    # from .996 the EMA tower would stay near its start, where the masks are chance.
     "toy": dict(model="tiny", batch_size=128, epochs=48, lr=1e-3, warmup=50, weight_decay=.1, augment="clip",
                 ssl_mlp_dim=512, ema_momentum=.9, eval="toy-tune,toy", eval_every=6),
     "small": dict(model="tiny-4", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="aclip",
                   ssl_mlp_dim=512, ema_momentum=.9),
-    # Nothing is published for CC3M and CC12M; their epochs are SLIP's, their warm-up is one epoch.
+    # Nothing is published for CC3M and CC12M. Their epochs are SLIP's, and the warm-up is one epoch.
     "cc3m": dict(model="ViT-B-16", batch_size=4096, epochs=40, lr=5e-4, warmup=700, weight_decay=.5, augment="aclip",
                  ssl_mlp_dim=4096, ema_momentum=.996),
     "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="aclip",
                   ssl_mlp_dim=4096, ema_momentum=.996),
-    # The command in A-CLIP's README, which reports 43.9 % (it forgets the masks). The defaults of its flags differ: lr
-    # 3e-3 and weight decay .1.
+    # The values of the command in A-CLIP's README, which reports 43.9 %. The command leaves out the flag that turns the
+    # masks on. The released code's defaults are others: lr 3e-3 and weight decay .1.
     "yfcc15m": dict(model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5,
                     augment="aclip", ssl_mlp_dim=4096, ema_momentum=.996),
 }
@@ -649,7 +669,7 @@ def main(argv=None):
 
     # data
     dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
-    steps = fill_in(args, dataset, world, device)  # of an epoch
+    steps = fill_in(args, dataset, world, device)  # steps of an epoch
     total = steps * args.epochs
     args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
     patch = MODELS[args.model]["patch_size"]
@@ -681,7 +701,8 @@ def main(argv=None):
     for module in model.modules():
         if hasattr(module, "checkpoint_activations"):
             module.checkpoint_activations = args.checkpoint_activations
-    ema = copy.deepcopy(model).requires_grad_(False)  # the whole model, so that it can be tested; outside DDP
+    ema = copy.deepcopy(model).requires_grad_(False)  # of the whole model, so that it can be tested; outside DDP
+    # the released code's betas and eps, which are SLIP's
     optimizer = torch.optim.AdamW(
         param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -695,12 +716,12 @@ def main(argv=None):
         step, tested, best = saved["step"], saved["tested"], saved["best"]
     augment = torch.compile(data.augment) if args.compile else data.augment
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at its buckets
         model.compile()
         ema.visual.attend = torch.compile(ema.visual.attend)
     parallel = model if world == 1 else DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    # bf16 has fp32's range and needs no loss scaling; fp16 does, and large ViTs have diverged in it
+    # bf16 has the range of fp32. fp16 does not, so it needs a GradScaler, and large ViTs have diverged in it.
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     if rank == 0:
         start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
@@ -713,7 +734,7 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """Tests the model after an epoch whose tests are due, or at the start of a run that was killed before them."""
+        """Tests the model if tests are due after this epoch and were not made before the run was killed."""
         nonlocal tested, best
         due = step % steps == 0 and (step // steps % args.eval_every == 0 or step == total)
         if not due or step == tested:
@@ -728,8 +749,8 @@ def main(argv=None):
             tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
-        scores = [result[result["metric"]] for result in results.values()]
-        if scores and scores[0] > best:  # by the first test
+        scores = [result[result["metric"]] for result in results.values()]  # each test names its usual metric
+        if scores and scores[0] > best:  # the first test decides
             best = scores[0]
             save("best.pt")
         save("last.pt")
@@ -743,7 +764,7 @@ def main(argv=None):
             batches.epoch, batches.start = epoch, step % steps
             for batch in meter.watch(loader):
                 batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-                images, colors, keep = (  # [2B, ...], view 1 first; None where there are none
+                images, colors, keep = (  # [v*B, ...], view 1 first; None where the batch has none
                     batch[name].transpose(0, 1).flatten(0, 1) if name in batch else None
                     for name in ("images", "colors", "keep"))
                 if colors is not None:
@@ -753,7 +774,7 @@ def main(argv=None):
                         if args.mask == "attentive" or args.ssl:
                             class_token, score = ema.visual.attend(preprocess.normalize(batch["ema_images"]))
                         if args.mask == "attentive":
-                            keep = attentive_keep(score, batch["boxes"], grid)[:len(images)]
+                            keep = attentive_keep(score, batch["boxes"], grid)[:len(images)]  # of the views in use
                         if args.ssl:
                             target = ema.projector(class_token).repeat(2, 1)  # [2B, 256]
                     image_features, text_features, logit_scale, simclr, prediction = parallel(
@@ -762,46 +783,49 @@ def main(argv=None):
                 clip = torch.stack([clip_loss(x, text_features, logit_scale) for x in image_views]).mean()
                 ntxent = byol = clip.new_zeros(())
                 if args.ssl:
-                    ntxent = ntxent_loss(*simclr.chunk(2), .1)  # released: view 1 with itself, a slip
+                    ntxent = ntxent_loss(*simclr.chunk(2), .1)  # the released code compares view 1 with itself, a slip
                     byol = byol_loss(prediction, target)
                 loss = clip + ntxent + 2 * byol
                 losses = {"loss": loss, "clip": clip, "ntxent": ntxent, "byol": byol}
 
-                # the step; if the gradient is not finite, weights and states stay as they are. DDP has averaged it, so
-                # all ranks agree.
+                # the step. If the gradient is not finite, the step is bad: weights, moments and statistics stay as they
+                # are. DDP has averaged the gradient, so all ranks agree on that.
+                lr = lr_at(step, total, args.warmup, args.lr, 1e-6, 1e-5)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, total, args.warmup, args.lr, 1e-6, 1e-5)
+                    group["lr"] = lr
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()
-                optimizer.found_inf = 1 - good.float()  # fused AdamW skips the step if it is 1, and the host never asks
+                # Fused AdamW skips the step, on the device, if found_inf is 1. GradScaler uses this for overflows of
+                # fp16; here it stands for any bad step.
+                optimizer.found_inf = 1 - good.float()
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
-                    model.logit_scale.clamp_(0, math.log(100))  # a clamped exp would get no gradient
+                    model.logit_scale.clamp_(0, math.log(100))  # a clamp in the forward pass would stop the gradient
                 step += 1
-                momentum = lr_at(step, total, 0, args.ema_momentum, end=1.)
+                momentum = lr_at(step, total, 0, args.ema_momentum, end=1.)  # half a cosine up to 1
                 update_ema(ema, model, torch.where(good, momentum, 1.))
 
-                # meter.row waits for the device, nothing else in the loop does; several ranks can only stop here
-                # together
+                # meter.row makes the host wait for the device, so it is not called in every step. After SIGTERM one
+                # process stops at once. Several ranks tell each other in meter.row, so they stop at the next log line.
                 meter.add(good, losses)
                 if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                     row, stopped = meter.row(step, stop)
                     if rank == 0:
-                        row |= dict(lr=group["lr"], logit_scale=logit_scale.item())
+                        row |= dict(lr=lr, logit_scale=logit_scale.item())
                         write_log(args.out, step=step, epoch=epoch, **row)
                     bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}, {row['pairs_per_second']:.0f} pairs/s")
                     bar.update(step - bar.n)
                     if stopped:
                         save("last.pt")
                         leave(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
-                if step % 1000 == 0 and step % steps:
+                if step % 1000 == 0 and step % steps:  # a multiple of steps is saved below
                     save("last.pt")
             save("last.pt")  # before the tests, which take their time
             evaluate()
-            meter.clear(step)
+            meter.clear(step)  # the time of the tests does not count
     bar.close()
     if rank == 0:
         print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
@@ -812,7 +836,7 @@ def main(argv=None):
 # the run: flags, schedule, parameter groups, resume, log, checkpoints, process group
 
 def positive(text):
-    """argparse's type for the whole numbers from 1."""
+    """A whole number of at least 1, as a type for argparse."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -825,36 +849,38 @@ def parse_args(argv=None):
     add("--data", default="toy",
         help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
     add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default: $CLIP_DATA or ./datasets)")
-    add("--recipe", choices=RECIPES, help="default: the name of --data; else small (under 100,000 pairs) or cc3m")
+    add("--recipe", choices=RECIPES, help="default: the one named as --data; else small (under 100,000 pairs) or cc3m")
     add("--model", choices=MODELS)
     add("--image-size", type=positive, help="side of the pictures in pixels (default: the model's)")
-    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that know it")
+    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights trained with it")
     add("--batch-size", type=positive, help="pairs a step, all ranks together")
     add("--epochs", type=positive)
     add("--lr", type=float)
-    add("--warmup", type=int, help="steps")
+    add("--warmup", type=int, help="steps in which the learning rate rises")
     add("--weight-decay", type=float)
     add("--augment", choices=AUGMENT, help="the image augmentation of that method")
     add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 or else fp16 on a GPU, off on a CPU")
-    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is the best by the first")
-    add("--eval-every", type=positive, help="epochs (default: 1)")
+    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is chosen by the first")
+    add("--eval-every", type=positive, help="epochs from test to test (default: 1)")
     add("--init", help="start from these weights: a checkpoint of ours, OpenAI's or open_clip's")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpoint-activations", action="store_true", help="towers keep less and compute a third more")
-    add("--workers", type=int, help="processes a rank that read data (default: its share of the cores; none for toy)")
+    add("--compile", action="store_true", help="torch.compile the model and the augmentation")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more computation in the towers")
+    add("--workers", type=int,
+        help="processes that read data for each rank (default: its share of the cores, at most 12; toy on a CPU: none)")
     add("--seed", type=int, default=0)
     add("--limit", type=positive, help="only the first N pairs")
-    add("--subset", help="only pairs whose keys are in this file, one a line; after a tab, another caption")
-    add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
-    add("--log-every", type=positive, default=20, help="steps")
+    add("--subset", help="only pairs whose keys are in this file, one a line; a caption after a tab replaces their own")
+    add("--bpe", help="merges of the tokenizer: a file, or train, which learns them from the captions (default: train "
+        "for toy, else $CLIP_BPE or OpenAI's)")
+    add("--log-every", type=positive, default=20, help="steps from log line to log line")
     add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group(
-        "A-CLIP (--mask none --views 1 --ssl 0 is CLIP; with --mask random FLIP)").add_argument
-    # released: masks are off unless a flag is given, which its README's command leaves out
+        "A-CLIP (--mask none --views 1 --ssl 0 is CLIP; with --mask random it has FLIP's masks)").add_argument
+    # In the released code masks are off unless a flag is given, which the command in its README leaves out.
     add("--mask", choices=("attentive", "random", "none"), default="attentive",
         help="which half of the patches the trained tower sees")
-    add("--views", type=int, choices=(1, 2), default=2, help="masked views of a picture")
+    add("--views", type=int, choices=(1, 2), default=2, help="number of views of a picture for the trained tower")
     add("--ssl", type=int, choices=(0, 1), default=1, help="1: SimCLR between views, BYOL from each to the EMA tower")
     add("--ssl-mlp-dim", type=positive, help="hidden width of the heads of these two losses")
     add("--ema-momentum", type=float, help="momentum of the average in the first step; it rises to 1 by half a cosine")
@@ -864,8 +890,8 @@ def parse_args(argv=None):
 
 
 def fill_in(args, dataset, world, device):
-    """Gives every flag that was not given its value, from the recipe, the model and the machine. Returns the steps of
-    an epoch. SystemExit where the values do not fit together."""
+    """Sets each flag that the command line left open, by the recipe, the data and the machine. Returns the number of
+    steps in an epoch. SystemExit if the values do not fit together."""
     if not args.recipe and args.data in RECIPES:
         args.recipe = args.data
     elif not args.recipe and isinstance(dataset, data.ToyDataset):
@@ -892,15 +918,18 @@ def fill_in(args, dataset, world, device):
         raise SystemExit(
             f"{len(dataset)} pairs make {steps * args.epochs} steps in {args.epochs} epochs of batches of "
             f"{args.batch_size}: too few for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+    if args.compile and args.checkpoint_activations and MODELS[args.model]["patch_size"] is None:
+        raise SystemExit("--checkpoint-activations of a ResNet does not go with --compile, because torch.compile knows "
+                         "no context_fn: leave one of them out")
     for test in args.eval.split(",") if args.eval else ():
-        evaluator.open_test(test, root=args.data_root)  # a wrong name should not cost an epoch
+        evaluator.open_test(test, root=args.data_root)  # so that a wrong name is found now, not after an epoch
     return steps
 
 
 def lr_at(step, total, warmup, lr, start=0., end=0.):
-    """Learning rate of step 0 .. total-1: a line up to lr over the warmup steps, then half a cosine down to end. With
-    start 0 the first step has lr / warmup, as in open_clip. With start > 0 the line begins at start and reaches lr in
-    the last warm-up step, as in SLIP and DeCLIP."""
+    """Learning rate of a step; the first step is 0, the last total - 1. It rises on a straight line and is lr in the
+    last warm-up step. Then it falls along half a cosine towards end. If start is 0, step 0 has lr / warmup,
+    as in open_clip. If start is above 0, step 0 has start, as in SLIP and DeCLIP."""
     if step < warmup and start:
         return start + (lr - start) * (step / max(1, warmup - 1))
     if step < warmup:
@@ -909,8 +938,9 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters. Matrices decay, the token table and positions too (newer open_clip
-    spares positions). Vectors and scalars do not, nor do names that start with one of no_decay."""
+    """The trainable parameters in two groups for AdamW. The first has weight decay: all parameters of two or more
+    dimensions, the token table and positions included (newer open_clip does not decay positions). The second has none:
+    vectors and scalars, and parameters whose name starts with one of no_decay."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.ndim >= 2 and not name.startswith(tuple(no_decay)):
@@ -921,7 +951,7 @@ def param_groups(model, weight_decay, no_decay=()):
 
 
 def load_towers(model, state, args):
-    """Loads state, the weights of two towers, into a model that may have other parts too. SystemExit if shapes
+    """Loads state, the weights of two towers, into a model that may have other parts too. SystemExit if names or shapes
     differ."""
     own = {key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in evaluator.ENCODERS}
     if {key: value.shape for key, value in state.items()} != own:
@@ -931,7 +961,7 @@ def load_towers(model, state, args):
 
 
 def describe(args, dataset, tokenizer, preprocess, sizes):
-    """What a checkpoint says beside its states: enough to use the model, and to know whether a run may go on from
+    """What a checkpoint holds beside the states: enough to use the model, and to know whether a run may go on from
     it."""
     merges = "\n".join(map(" ".join, tokenizer.merges))
     return dict(script=Path(__file__).stem, flags=vars(args), data=data.fingerprint(dataset), sizes=sizes,
@@ -940,15 +970,19 @@ def describe(args, dataset, tokenizer, preprocess, sizes):
 
 def find_run(args, about, device):
     """The checkpoint in --out from which this run goes on, or None. about: what describe returns. SystemExit if the
-    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints."""
+    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints or
+    data."""
     path, saved = Path(args.out, "last.pt"), None
-    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts the same command again
+    # After a crash torchrun starts the same command again. A --restart in it was meant for the first start only.
+    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if path.exists() and (crashed or not args.restart):
         saved = load_checkpoint(path)
-        # Data and merges are compared below, by content. A recipe only gives values to flags, which are compared.
-        free = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
-        changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})"
-                   for name, value in vars(args).items() if name not in free and value != saved["flags"].get(name)]
+        # Flags that may differ. Pairs and merges may have another name or place, because their content is compared
+        # below. A recipe only sets other flags, and these are compared.
+        may_differ = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
+        before = saved["flags"]
+        changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})"
+                   for name, value in vars(args).items() if name not in may_differ and value != before.get(name)]
         for name, what in (("data", "other pairs"), ("merges", "other merges of the tokenizer")):
             if saved[name] != about[name]:
                 changed.append(what)
@@ -957,7 +991,7 @@ def find_run(args, about, device):
                 f"{args.out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; "
                 "give the same ones to resume it, another --out, or --restart to begin anew")
     step, tested = (saved["step"], saved["tested"]) if saved else (0, 0)
-    fingerprint = int(about["data"][:12], 16)  # its first hexadecimal digits
+    fingerprint = int(about["data"][:12], 16)  # the first 12 hexadecimal digits fit into int64
     everywhere = gather(torch.tensor([[step, tested, fingerprint]], device=device))  # [W, 3]
     if (everywhere != everywhere[0]).any():
         raise SystemExit(f"ranks disagree on (step, tested step, data): {everywhere.tolist()}; --out and --data must "
@@ -967,8 +1001,8 @@ def find_run(args, about, device):
 
 def start_log(args, saved, dataset, model, plan):
     """Rank 0 calls it before the first step. It makes the folder --out. With --restart it deletes the checkpoints of an
-    earlier run. If this run resumes, it cuts the log back to the checkpoint. Then it prints all values in force, and
-    the text plan. SystemExit if --out cannot be written."""
+    earlier run. If this run resumes, it cuts the log back to the checkpoint. Then it prints all values in force, the
+    sizes of data and model, and plan, a text. SystemExit if --out cannot be written."""
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -977,7 +1011,8 @@ def start_log(args, saved, dataset, model, plan):
             (out / "last.pt").unlink(missing_ok=True)
             (out / "best.pt").unlink(missing_ok=True)
         if saved and (out / "log.jsonl").exists():
-            # rows of tests up to the last step that was tested, other rows up to the last step that was saved
+            # Keep rows of tests up to the step that was tested last, other rows up to the step of the checkpoint. A row
+            # that a kill cut short goes too.
             rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
             rows = [row for row in rows if row.endswith("}\n") and
                     json.loads(row).get("step", 0) <= (saved["tested"] if '"eval"' in row else saved["step"])]
@@ -1001,12 +1036,14 @@ def write_log(out, **row):
 
 
 class Meter:
-    """What happens between two log lines. Losses are summed on the device, so that no step waits for the host. failed
-    is the number of pictures replaced since the run began, bad the number of steps whose gradient was not finite."""
+    """Adds up what happens between two log lines. Losses are summed on the device, so that the host need not wait for
+    the device in each step. Two
+    numbers count from the start of the run. failed counts unreadable pictures, which the loader replaced by others. bad
+    counts steps whose gradient was not finite."""
 
     def __init__(self, out, batch_size, device):
         self.out, self.batch_size, self.device, self.failed, self.bad = out, batch_size, device, 0, 0
-        self.streak = torch.zeros((), device=device)  # bad steps, one after the other
+        self.streak = torch.zeros((), device=device)  # number of bad steps in a row, up to now
         self.clear(0)
 
     def state_dict(self):
@@ -1017,10 +1054,11 @@ class Meter:
 
     def clear(self, step):
         """Begins a new line after this step."""
-        self.step, self.sums, self.skipped, self.waited, self.start = step, 0, 0, 0., time.perf_counter()
+        self.step, self.start = step, time.perf_counter()
+        self.sums, self.skipped, self.waited = 0, 0, 0.
 
     def watch(self, loader):
-        """Iterates over the loader; counts the seconds that it is waited for and the pictures that it replaced."""
+        """Iterates over the loader. Adds up the seconds spent waiting for it, and the pictures that it replaced."""
         tick = time.perf_counter()
         for batch in loader:
             self.waited += time.perf_counter() - tick
@@ -1029,29 +1067,31 @@ class Meter:
             tick = time.perf_counter()
 
     def add(self, good, losses):
-        """One step. good: bool tensor []; losses: {name: scalar tensor}, of which bad steps are left out."""
+        """Adds one step. good: bool tensor []; losses: {name: scalar tensor}. The losses of a bad step do not count."""
         self.names = list(losses)
         self.streak = (self.streak + 1).where(~good, 0)
         row = torch.stack([good, *losses.values()]).detach()  # its first number is 1 if the step was good
         self.sums = self.sums + row.where(good, 0)
 
     def row(self, step, stop):
-        """The log line over all ranks, as a dict, and whether any rank was told to stop; begins a new line. SystemExit
-        if too many pictures fail or 20 steps in a row were bad."""
+        """Returns the log line of all ranks, a dict, and whether any rank was told to stop. A loss is its mean over the
+        good steps, or None if all were bad. Begins a new line. SystemExit if too many pictures failed or 20 steps in a
+        row were bad."""
+        # of each rank: number of good steps, sum of each loss over them, streak, skipped, waited, signals to stop
         here = self.sums.new_tensor([self.skipped, self.waited, len(stop)])
         everywhere = gather(torch.cat([self.sums, self.streak[None], here])[None])  # [W, columns]
-        columns = everywhere.mean(0).tolist()
-        fine, means = columns[0], columns[1:-4]  # number of good steps, sum of each loss over them
+        columns = everywhere.mean(0).tolist()  # means over the ranks
+        good_steps, sums = columns[0], columns[1:-4]
         streak, skipped, waited, stopped = columns[-4:]
         count, seconds = step - self.step, time.perf_counter() - self.start
         self.failed += round(skipped * len(everywhere))
-        self.bad += round(count - fine)
+        self.bad += round(count - good_steps)
         data.check_skipped(self.failed, step * self.batch_size)
         if streak >= 20:
             last = Path(self.out, "last.pt")
             raise SystemExit("20 steps in a row without a finite gradient; "
                              f"the last good weights are in {last if last.exists() else 'no file yet'}")
-        row = {name: mean / fine if fine else None for name, mean in zip(self.names, means)}
+        row = {name: total / good_steps if good_steps else None for name, total in zip(self.names, sums)}
         row |= dict(pairs_per_second=count * self.batch_size / seconds, waited=waited)
         row |= dict(skipped=self.failed, bad_steps=self.bad)
         if self.device.type == "cuda":
@@ -1061,12 +1101,12 @@ class Meter:
 
 
 def save_checkpoint(path, **state):
-    """Writes state (tensors and plain Python values only) and renames, so that a kill leaves the old file or the
-    new."""
+    """Writes state (tensors and plain Python values only) to a temporary file, then renames that to path. So a kill
+    leaves the old file or the new one. SystemExit if it cannot be written."""
     try:
         torch.save(state, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         Path(f"{path}.tmp").unlink(missing_ok=True)
         raise SystemExit(f"{path} cannot be written: {error}") from None
 
@@ -1097,14 +1137,15 @@ def catch_sigterm():
 
 
 def leave(message):
-    """SystemExit with the message once all ranks are here, so that rank 0 has saved."""
+    """Waits until all ranks are here, so that rank 0 has saved. Then raises SystemExit with the message."""
     if dist.is_initialized():
         dist.barrier()
     raise SystemExit(message)
 
 
 def init_distributed():
-    """rank, world size and device of this process, from the environment that torchrun sets; 0 and 1 without it."""
+    """Rank, world size and device of this process, from the environment that torchrun sets. Without torchrun the rank
+    is 0 and the world size 1."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -1114,7 +1155,7 @@ def init_distributed():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1 and not dist.is_initialized():
-        store, *_ = next(dist.rendezvous("env://"))
+        store = next(dist.rendezvous("env://"))[0]
         # torchrun's store keeps what a crashed attempt left in it, so each attempt gets a prefix of its own
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)

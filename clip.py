@@ -1,9 +1,9 @@
 """CLIP: contrastive language-image pre-training, the baseline that the other scripts are measured against.
 
 The idea. An image tower and a text tower map pictures and captions to unit vectors of one space. A batch has N pairs.
-For every picture the model must find its own caption among the N captions, and for every caption its own picture among
-the N pictures. The pairs themselves are the only labels. After training, class names written as captions classify
-pictures into any set of classes without one labelled example. This is called zero-shot classification; eval.py does it.
+For every picture the model must find the right caption among N, and for every caption the right picture. The pairs
+themselves are the only labels. After training, class names written as captions classify pictures into any set of
+classes without one labelled example. eval.py does this zero-shot classification.
 
 The loss. x_i is the unit vector of picture i, y_j that of caption j. The learned scale s = exp(logit_scale) starts at
 14.3 and is kept within [1, 100].
@@ -13,26 +13,27 @@ The loss. x_i is the unit vector of picture i, y_j that of caption j. The learne
 
 Every other caption in the batch counts as wrong, even one that fits. Why a scale? Cosines stop at 1, so the loss has a
 floor. With N = 4,096, perfect pairs and all other cosines 0, it is ln(1 + 4095 e^-s): 7.3 at s = 1 (chance is ln N =
-8.3), but 0.003 at s = 14.3. With G = (softmax of the rows + softmax of the columns - 2 I) / 2N the gradient is
+8.3), 0.003 at s = 14.3. With the matrices x and y of the rows x_i and y_j, and G = (softmax of the rows of S +
+softmax of its columns - 2 I) / 2N, the gradient is
 
     dL/dx = s G y        dL/dy = s G^T x        dL/dlogit_scale = sum_ij G_ij S_ij
 
-Several GPUs. W ranks hold B pairs each, N = W B. Each rank scores its own B rows against the columns of all ranks,
-which it gathers with gradient. The backward pass of the gather sums over the ranks and DDP divides by W, so loss and
-gradient are those of one process with all N pairs. The loader gives each step the same N pairs for any W, also after a
-restart.
+Several GPUs. W ranks hold B pairs each, N = W B. Each rank scores its B rows against the columns of all ranks, which
+it gathers with gradient. The backward pass of the gather sums over the ranks and DDP divides by W, so loss and gradient
+are those of one process with all N pairs, except for a ResNet's batch norms. The loader gives each step the same N
+pairs for any W, also after a restart.
 
-The negatives are the batch. Gradient accumulation over k small batches has fewer negatives and is an easier loss, so it
-is not offered here.
+Negatives come from the batch only. Gradient accumulation would leave fewer of them, so it is not offered.
 
-Training on a pair costs three times its forward pass: 44 GFLOP for ViT-B-32, 55 for RN50, 123 for ViT-B-16. Of that the
-loss is 0.1 %.
+A training step costs 44 GFLOP a pair with ViT-B-32, 55 with RN50 and 123 with ViT-B-16: three times the forward pass.
+With N = 4,096 the loss is less than 0.1 % of that.
 
-A healthy run starts near ln N, and s rises to between 50 and 100. If s falls towards 1, the learning rate is too high.
+In a healthy run the loss starts near ln N and s rises to between 50 and 100. If s falls towards 1, the learning rate is
+too high.
 
 How to run.
     python clip.py                                                           built-in pictures, any machine, minutes
-    torchrun --nproc_per_node=8 clip.py --data cc3m --eval /imagenet/val     see RECIPES for the settings
+    torchrun --nproc_per_node=8 clip.py --data cc3m --eval /imagenet/val     the settings are in RECIPES
     python eval.py runs/clip-toy/last.pt --images cat.jpg --texts "a cat" "a dog"
 
 Sources: Radford et al. 2021 (arXiv 2103.00020), github.com/openai/CLIP; recipes: github.com/mlfoundations/open_clip.
@@ -68,7 +69,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())  # fills rows: chunks are views
+        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())  # fills rows, as chunks are views
         return rows
 
     @staticmethod
@@ -88,16 +89,17 @@ def clip_loss(image_features, text_features, logit_scale):
 
     image_features, text_features: unit rows [B, D]; row i of one belongs to row i of the other. B is equal on all
     ranks. logit_scale: the factor s itself, not its log. Returns a scalar in at least fp32, also under autocast,
-    because bf16 rounds logits near 100 to multiples of 0.5. The mean over ranks is the loss of the whole batch of N = W
-    B pairs. If all logits are equal, it is ln N.
+    because bf16 rounds logits near 100 to multiples of 0.5. The mean over the W ranks is the loss of the whole batch of
+    N = W B pairs. If all logits are equal, the loss is ln N.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
-# The released code of SLIP gathers without gradient. There a feature learns only as a query (a row of the logits),
-        # never as a candidate (a column), and its gradient points elsewhere. open_clip by default divides the towers'
-        # gradient by W; its flags --local-loss and --gather-with-grad together prevent that.
+        # The released code of SLIP gathers without gradient. There a feature learns only as a query (a row of the
+        # logits), never as a candidate (a column), so its gradient has another direction. open_clip's towers get the
+        # gradient of the whole batch divided by W, unless its flags --local-loss and --gather-with-grad are given
+        # together.
         all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
-        rank = dist.get_rank() if len(all_x) > len(x) else 0  # one process has no process group
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         labels = torch.arange(len(x), device=x.device) + rank * len(x)  # the columns of this rank's own pairs
         image_logits = logit_scale * x @ all_y.T  # [B, N]
         text_logits = logit_scale * y @ all_x.T  # [B, N]
@@ -107,7 +109,7 @@ def clip_loss(image_features, text_features, logit_scale):
 # encoders: OpenAI's towers under open_clip's parameter names
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU. Their weights need it; with plain GELU they load all the same and lose points."""
+    """OpenAI's approximation of GELU. OpenAI's weights need it; with plain GELU they load, but lose points."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -189,8 +191,8 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck. In both branches an average pool before a convolution of stride 1 takes the place of a
-    stride."""
+    """ResNet bottleneck. Where other ResNets have a convolution with a stride, both branches have an average pool and a
+    convolution of stride 1."""
 
     def __init__(self, inplanes, planes, stride=1):
         super().__init__()
@@ -201,7 +203,7 @@ class Bottleneck(nn.Module):
         self.avgpool = nn.AvgPool2d(stride)
         self.downsample = nn.Identity()
         if stride > 1 or inplanes != 4 * planes:
-            self.downsample = nn.Sequential(OrderedDict([
+            self.downsample = nn.Sequential(OrderedDict([  # under OpenAI's names
                 ("-1", nn.AvgPool2d(stride)),
                 ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)),
                 ("1", nn.BatchNorm2d(4 * planes))]))
@@ -214,8 +216,8 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """One attention step with heads of width 64. The query is the mean of the grid; keys and values are mean and
-    grid."""
+    """One attention step with heads of width 64. The only query is the mean of the grid's vectors; keys and values come
+    from this mean and from all vectors."""
 
     def __init__(self, grid, width, embed_dim):
         super().__init__()
@@ -236,11 +238,12 @@ class AttentionPool2d(nn.Module):
 
 @contextmanager
 def frozen_statistics(module):
-    """Inside the block, batch norms in training mode normalise as ever but leave their running statistics alone."""
+    """Inside the with statement, the module's batch norms normalise as in training, but do not update their running
+    statistics."""
     norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0., None  # add nothing to mean and variance, count no batch
+        norm.momentum, norm.num_batches_tracked = 0., None  # change no mean or variance, count no batch
     try:
         yield
     finally:
@@ -249,8 +252,8 @@ def frozen_statistics(module):
 
 
 def update_once(module):
-    """For torch.utils.checkpoint: the context in which a module with batch norms is computed in the forward pass, and
-    the one in which the backward pass computes it again."""
+    """context_fn of torch.utils.checkpoint for a module with batch norms. Returns two contexts: one for the forward
+    pass, and one for its repetition in the backward pass, which must not update the running statistics again."""
     return nullcontext(), frozen_statistics(module)
 
 
@@ -282,9 +285,8 @@ class ModifiedResNet(nn.Module):
         x = self.avgpool(self.bn3(self.conv3(x)).relu())
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                # torch.compile updates statistics once by itself, and takes no context_fn
-                contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(update_once, stage)}
-                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False,
+                               context_fn=partial(update_once, stage))
             else:
                 x = stage(x)
         return self.attnpool(x)
@@ -292,7 +294,7 @@ class ModifiedResNet(nn.Module):
 
 class CLIP(nn.Module):
     """The two towers and the scale. vision_layers: one number for a ViT, four (one a stage) for a ResNet."""
-    image_tower = VisionTransformer  # a method that changes the ViT names its own class here
+    image_tower = VisionTransformer  # a script with another ViT puts its class here
 
     def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width,
                  text_layers, quick_gelu=False):
@@ -308,8 +310,8 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log of s
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        # out_proj and c_proj write 2 * text_layers outputs into one sum, so they start smaller by the root of that
-        # number
+        # The outputs of out_proj and c_proj of all blocks, 2 * text_layers of them, add up in the residual stream. So
+        # these two start smaller by the square root of that number.
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
@@ -322,15 +324,16 @@ class CLIP(nn.Module):
 
     def text_tokens(self, tokens):
         """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. The tower is
-        causal: nothing after the end token matters, so the loader cuts batches after the longest caption."""
+        causal: what follows the end token does not change its feature. So the loader cuts a batch near the end of its
+        longest caption."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         return self.ln_final(self.transformer(x, causal=True))
 
     def encode_text(self, tokens, eot=None):
-        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: its places [B]; by default
-        the place of the largest id. Our tokenizer writes an end token at the end of a caption that it has to cut. The
-        released code of SLIP does not: the largest id of a long caption is then the start token, whose feature is the
-        same for all captions."""
+        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: positions [B] of the end
+        tokens. By default that is the position of the largest id, which is the end token unless a method adds an id. If
+        a caption is too long, our tokenizer puts the end token in the last place. The released code of SLIP only cuts.
+        Then the largest id is the start token, and its feature is the same for all long captions."""
         x = self.text_tokens(tokens)
         eot = tokens.argmax(-1) if eot is None else eot
         return x[torch.arange(len(x), device=x.device), eot] @ self.text_projection
@@ -343,7 +346,7 @@ class CLIP(nn.Module):
         return image_features, text_features, self.logit_scale.exp()
 
 
-MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 text layers where nothing else is said
+MODELS = {  # OpenAI's and open_clip's sizes, tiny ones ours; 224 pixels and 12 text layers if none are given
     "ViT-B-32": dict(embed_dim=512, patch_size=32, vision_width=768, vision_layers=12, text_width=512),
     "ViT-B-16": dict(embed_dim=512, patch_size=16, vision_width=768, vision_layers=12, text_width=512),
     "ViT-S-16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_layers=12, text_width=384),
@@ -357,12 +360,12 @@ MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 t
 
 def build(source, cls=CLIP, **overrides):
     """A model of class cls. source is a name in MODELS for a new model, or a state dict, whose shapes say the sizes.
-    overrides: keyword arguments of cls that replace or complete the sizes. A state dict does not tell quick_gelu."""
+    overrides: keyword arguments of cls that replace or complete the sizes, such as quick_gelu, which no shape says."""
     if isinstance(source, str):
         sizes = {"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source]}
         return cls(**{**sizes, **overrides})
 
-    def depth(prefix):
+    def depth(prefix):  # how many modules a list has
         return len({key[len(prefix):].split(".")[0] for key in source if key.startswith(prefix)})
 
     conv, positions = source["visual.conv1.weight"], source["positional_embedding"]
@@ -384,12 +387,16 @@ def build(source, cls=CLIP, **overrides):
 
 # views and picture
 
-AUGMENT = {  # range of the share of a picture's area that a crop keeps, and the arguments of data.color_params: jitter
-    # holds a probability and the ranges of brightness, contrast, saturation and hue; the others are probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip has (.9, 1); none changes colours
+AUGMENT = {  # Two entries for each method: how much of a picture's area a crop keeps (a range), and arguments of
+    # data.color_params. jitter holds a probability and the ranges of brightness, contrast, saturation and hue. The
+    # other arguments are probabilities.
+    "clip": ((.5, 1.), dict()),  # as in SLIP's and DeCLIP's baselines; open_clip has (.9, 1.), and no colours either
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2's
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
-    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # a flip hinders mapping
+    # SLIP changes only the two crops that SimCLR compares
+    "slip": ((.08, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),
+    # no flip, so that a place in one crop is found in another by shift and scale
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),
 }
 
 
@@ -404,18 +411,20 @@ def views(image, caption, rng, tokenizer, size, augment):
 
 
 def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
-    """Writes twelve pictures of a data set. Under each stand the three texts that the model ranks highest among the
-    texts of 64 pictures: captions, or class names where there are no captions. A star marks the picture's own text."""
+    """Writes a sheet of some pictures of a data set (show of them). Under each stand the three texts that the model
+    ranks highest among the texts of count pictures. Texts are captions, or class names where the data set has no
+    captions. A star marks the picture's own text."""
     device, training = model.logit_scale.device, model.training
     pictures = evaluator.Pictures(dataset, preprocess.size)
     places = range(0, len(dataset), max(1, len(dataset) // count))[:count]
-    images = [(i, image) for image, i in map(pictures.__getitem__, places) if i >= 0][:show]
+    readable = [(i, image) for image, i in (pictures[place] for place in places) if i >= 0]  # i is -1 for the others
+    images = readable[:show]
     own = {i: (dataset.captions(i) or [dataset.classnames[dataset.label(i)]])[0] for i in places}
     texts = sorted(set(own.values()))
     model.eval()
     with torch.inference_mode():
         batch = torch.stack([image for _, image in images]).to(device)
-        image_features = model.encode_image(preprocess.normalize(batch))
+        image_features = model.encode_image(preprocess.normalize(batch))  # their norm does not change the ranking
         text_features = F.normalize(model.encode_text(tokenizer(texts).to(device)), dim=-1)
         best = (image_features @ text_features.T).topk(min(3, len(texts)), 1).indices.tolist()
     model.train(training)
@@ -423,15 +432,15 @@ def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
     data.grid([image for _, image in images], ["\n".join(line) for line in lines], path)
 
 
-RECIPES = {  # batch size of all ranks together, warm-up in steps; percentages are zero-shot ImageNet
+RECIPES = {  # batch_size is that of all ranks together, warmup counts steps; percentages are zero-shot on ImageNet
     # toy and small are ours
     "toy": dict(
         model="tiny", batch_size=128, epochs=48, lr=1e-3, warmup=50, weight_decay=.1, augment="clip",
         eval="toy-tune,toy", eval_every=6),
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="clip"),
-    # open_clip's README reaches about 20 % with crops of (.9, 1) and a warm-up of 10,000 of 85,000 steps. With batch
-    # 4096 an epoch has fewer steps, and its maintainer now advises a warm-up of 1,000 to 2,000. Below 15 M pairs RN50
-    # beats ViT-B-32. SLIP's ViT-B-16 on CC3M loses 3 points after its best epoch.
+    # With these values, but crops of (.9, 1.) and a warm-up of 10,000 of the 85,000 steps, open_clip's README reaches
+    # about 20 %. Its maintainer now advises a warm-up of 1,000 to 2,000 steps. Below 15 M pairs RN50 beats ViT-B-32.
+    # SLIP's ViT-B-16 loses 3 points on CC3M after its best epoch.
     "cc3m": dict(model="RN50", batch_size=1024, epochs=30, lr=1e-3, warmup=2000, weight_decay=.1, augment="clip"),
     # SLIP's CLIP baselines have 36.5 % (cc12m) and 37.6 % (yfcc15m). The warm-up is one epoch. SLIP's learning rate
     # starts at 1e-6 and ends at 1e-5, its eps is 1e-8, and it normalises with ImageNet's mean.
@@ -439,8 +448,8 @@ RECIPES = {  # batch size of all ranks together, warm-up in steps; percentages a
         model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="clip"),
     "yfcc15m": dict(
         model="ViT-B-16", batch_size=4096, epochs=25, lr=5e-4, warmup=3600, weight_decay=.5, augment="clip"),
-    # OpenAI, for comparison: 400 M pairs, 32 epochs, batch 32,768, lr 5e-4 (ViT-B), weight decay .2, warm-up 2000.
-    # OpenAI, open_clip and SLIP clip no gradients.
+    # For comparison, OpenAI has 400 M pairs, 32 epochs, batch 32,768, lr 5e-4 (ViT-B), weight decay .2 and a warm-up of
+    # 2,000 steps. Like OpenAI, open_clip and SLIP, this script does not clip gradients.
 }
 
 
@@ -450,7 +459,7 @@ def main(argv=None):
 
     # data
     dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
-    steps = fill_in(args, dataset, world, device)  # of an epoch
+    steps = fill_in(args, dataset, world, device)  # steps of an epoch
     total = steps * args.epochs
     args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
     tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
@@ -474,8 +483,7 @@ def main(argv=None):
     if isinstance(model.visual, ModifiedResNet):
         model.visual.to(memory_format=torch.channels_last)
     # OpenAI's values for ViTs, here for all towers; for ResNets OpenAI has betas (.9, .999) and eps 1e-8
-    optimizer = torch.optim.AdamW(
-        param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, (.9, .98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     meter = Meter(args.out, args.batch_size, device)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)  # what is saved
@@ -488,11 +496,11 @@ def main(argv=None):
     running = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # statistics of batch norms
     augment = torch.compile(data.augment) if args.compile else data.augment
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at its buckets
         model.compile()
     parallel = model if world == 1 else DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    # bf16 has fp32's range and needs no loss scaling; fp16 does, and large ViTs have diverged in it
+    # bf16 has the range of fp32. fp16 does not, so it needs a GradScaler, and large ViTs have diverged in it.
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     if rank == 0:
         start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
@@ -505,7 +513,7 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """Tests the model after an epoch whose tests are due, or at the start of a run that was killed before them."""
+        """Tests the model if tests are due after this epoch and were not made before the run was killed."""
         nonlocal tested, best
         due = step % steps == 0 and (step // steps % args.eval_every == 0 or step == total)
         if not due or step == tested:
@@ -518,8 +526,8 @@ def main(argv=None):
             tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
-        scores = [result[result["metric"]] for result in results.values()]
-        if scores and scores[0] > best:  # by the first test
+        scores = [result[result["metric"]] for result in results.values()]  # each test names its usual metric
+        if scores and scores[0] > best:  # the first test decides
             best = scores[0]
             save("best.pt")
         save("last.pt")
@@ -535,48 +543,51 @@ def main(argv=None):
                 images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
                 if "colors" in batch:
                     images = augment(images, batch["colors"].to(device, non_blocking=True))
-                statistics = torch.cat(running) if running else None
+                statistics = torch.cat(running) if running else None  # put back if the gradient is not finite
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     image_features, text_features, logit_scale = parallel(preprocess.normalize(images), tokens)
                 loss = clip_loss(image_features, text_features, logit_scale)
                 losses = {"loss": loss}
 
-                # the step; if the gradient is not finite, weights and states stay as they are. DDP has averaged it, so
-                # all ranks agree.
+                # the step. If the gradient is not finite, the step is bad: weights, moments and statistics stay as they
+                # are. DDP has averaged the gradient, so all ranks agree on that.
+                lr = lr_at(step, total, args.warmup, args.lr)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, total, args.warmup, args.lr)
+                    group["lr"] = lr
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()
-                optimizer.found_inf = 1 - good.float()  # fused AdamW skips the step if it is 1, and the host never asks
+                # Fused AdamW skips the step, on the device, if found_inf is 1. GradScaler uses this for overflows of
+                # fp16; here it stands for any bad step.
+                optimizer.found_inf = 1 - good.float()
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
                     if running:
                         kept = torch.cat(running).where(good, statistics)
                         torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
-                    model.logit_scale.clamp_(0, math.log(100))  # a clamped exp would get no gradient
+                    model.logit_scale.clamp_(0, math.log(100))  # a clamp in the forward pass would stop the gradient
                 step += 1
 
-                # meter.row waits for the device, nothing else in the loop does; several ranks can only stop here
-                # together
+                # meter.row makes the host wait for the device, so it is not called in every step. After SIGTERM one
+                # process stops at once. Several ranks tell each other in meter.row, so they stop at the next log line.
                 meter.add(good, losses)
                 if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                     row, stopped = meter.row(step, stop)
                     if rank == 0:
-                        row |= dict(lr=group["lr"], logit_scale=logit_scale.item())
+                        row |= dict(lr=lr, logit_scale=logit_scale.item())
                         write_log(args.out, step=step, epoch=epoch, **row)
                     bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}, {row['pairs_per_second']:.0f} pairs/s")
                     bar.update(step - bar.n)
                     if stopped:
                         save("last.pt")
                         leave(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
-                if step % 1000 == 0 and step % steps:
+                if step % 1000 == 0 and step % steps:  # a multiple of steps is saved below
                     save("last.pt")
             save("last.pt")  # before the tests, which take their time
             evaluate()
-            meter.clear(step)
+            meter.clear(step)  # the time of the tests does not count
     bar.close()
     if rank == 0:
         print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
@@ -587,7 +598,7 @@ def main(argv=None):
 # the run: flags, schedule, parameter groups, resume, log, checkpoints, process group
 
 def positive(text):
-    """argparse's type for the whole numbers from 1."""
+    """A whole number of at least 1, as a type for argparse."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -600,36 +611,38 @@ def parse_args(argv=None):
     add("--data", default="toy",
         help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
     add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default: $CLIP_DATA or ./datasets)")
-    add("--recipe", choices=RECIPES, help="default: the name of --data; else small (under 100,000 pairs) or cc3m")
+    add("--recipe", choices=RECIPES, help="default: the one named as --data; else small (under 100,000 pairs) or cc3m")
     add("--model", choices=MODELS)
     add("--image-size", type=positive, help="side of the pictures in pixels (default: the model's)")
-    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that know it")
+    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights trained with it")
     add("--batch-size", type=positive, help="pairs a step, all ranks together")
     add("--epochs", type=positive)
     add("--lr", type=float)
-    add("--warmup", type=int, help="steps")
+    add("--warmup", type=int, help="steps in which the learning rate rises")
     add("--weight-decay", type=float)
     add("--augment", choices=AUGMENT, help="the image augmentation of that method")
     add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 or else fp16 on a GPU, off on a CPU")
-    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is the best by the first")
-    add("--eval-every", type=positive, help="epochs (default: 1)")
+    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is chosen by the first")
+    add("--eval-every", type=positive, help="epochs from test to test (default: 1)")
     add("--init", help="start from these weights: a checkpoint of ours, OpenAI's or open_clip's")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpoint-activations", action="store_true", help="towers keep less and compute a third more")
-    add("--workers", type=int, help="processes a rank that read data (default: its share of the cores; none for toy)")
+    add("--compile", action="store_true", help="torch.compile the model and the augmentation")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more computation in the towers")
+    add("--workers", type=int,
+        help="processes that read data for each rank (default: its share of the cores, at most 12; toy on a CPU: none)")
     add("--seed", type=int, default=0)
     add("--limit", type=positive, help="only the first N pairs")
-    add("--subset", help="only pairs whose keys are in this file, one a line; after a tab, another caption")
-    add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
-    add("--log-every", type=positive, default=20, help="steps")
+    add("--subset", help="only pairs whose keys are in this file, one a line; a caption after a tab replaces their own")
+    add("--bpe", help="merges of the tokenizer: a file, or train, which learns them from the captions (default: train "
+        "for toy, else $CLIP_BPE or OpenAI's)")
+    add("--log-every", type=positive, default=20, help="steps from log line to log line")
     add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     return parser.parse_args(argv)
 
 
 def fill_in(args, dataset, world, device):
-    """Gives every flag that was not given its value, from the recipe, the model and the machine. Returns the steps of
-    an epoch. SystemExit where the values do not fit together."""
+    """Sets each flag that the command line left open, by the recipe, the data and the machine. Returns the number of
+    steps in an epoch. SystemExit if the values do not fit together."""
     if not args.recipe and args.data in RECIPES:
         args.recipe = args.data
     elif not args.recipe and isinstance(dataset, data.ToyDataset):
@@ -656,15 +669,18 @@ def fill_in(args, dataset, world, device):
         raise SystemExit(
             f"{len(dataset)} pairs make {steps * args.epochs} steps in {args.epochs} epochs of batches of "
             f"{args.batch_size}: too few for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+    if args.compile and args.checkpoint_activations and MODELS[args.model]["patch_size"] is None:
+        raise SystemExit("--checkpoint-activations of a ResNet does not go with --compile, because torch.compile knows "
+                         "no context_fn: leave one of them out")
     for test in args.eval.split(",") if args.eval else ():
-        evaluator.open_test(test, root=args.data_root)  # a wrong name should not cost an epoch
+        evaluator.open_test(test, root=args.data_root)  # so that a wrong name is found now, not after an epoch
     return steps
 
 
 def lr_at(step, total, warmup, lr, start=0., end=0.):
-    """Learning rate of step 0 .. total-1: a line up to lr over the warmup steps, then half a cosine down to end. With
-    start 0 the first step has lr / warmup, as in open_clip. With start > 0 the line begins at start and reaches lr in
-    the last warm-up step, as in SLIP and DeCLIP."""
+    """Learning rate of a step; the first step is 0, the last total - 1. It rises on a straight line and is lr in the
+    last warm-up step. Then it falls along half a cosine towards end. If start is 0, step 0 has lr / warmup,
+    as in open_clip. If start is above 0, step 0 has start, as in SLIP and DeCLIP."""
     if step < warmup and start:
         return start + (lr - start) * (step / max(1, warmup - 1))
     if step < warmup:
@@ -673,8 +689,9 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters. Matrices decay, the token table and positions too (newer open_clip
-    spares positions). Vectors and scalars do not, nor do names that start with one of no_decay."""
+    """The trainable parameters in two groups for AdamW. The first has weight decay: all parameters of two or more
+    dimensions, the token table and positions included (newer open_clip does not decay positions). The second has none:
+    vectors and scalars, and parameters whose name starts with one of no_decay."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.ndim >= 2 and not name.startswith(tuple(no_decay)):
@@ -685,7 +702,7 @@ def param_groups(model, weight_decay, no_decay=()):
 
 
 def load_towers(model, state, args):
-    """Loads state, the weights of two towers, into a model that may have other parts too. SystemExit if shapes
+    """Loads state, the weights of two towers, into a model that may have other parts too. SystemExit if names or shapes
     differ."""
     own = {key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in evaluator.ENCODERS}
     if {key: value.shape for key, value in state.items()} != own:
@@ -695,7 +712,7 @@ def load_towers(model, state, args):
 
 
 def describe(args, dataset, tokenizer, preprocess, sizes):
-    """What a checkpoint says beside its states: enough to use the model, and to know whether a run may go on from
+    """What a checkpoint holds beside the states: enough to use the model, and to know whether a run may go on from
     it."""
     merges = "\n".join(map(" ".join, tokenizer.merges))
     return dict(script=Path(__file__).stem, flags=vars(args), data=data.fingerprint(dataset), sizes=sizes,
@@ -704,15 +721,19 @@ def describe(args, dataset, tokenizer, preprocess, sizes):
 
 def find_run(args, about, device):
     """The checkpoint in --out from which this run goes on, or None. about: what describe returns. SystemExit if the
-    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints."""
+    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints or
+    data."""
     path, saved = Path(args.out, "last.pt"), None
-    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts the same command again
+    # After a crash torchrun starts the same command again. A --restart in it was meant for the first start only.
+    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if path.exists() and (crashed or not args.restart):
         saved = load_checkpoint(path)
-        # Data and merges are compared below, by content. A recipe only gives values to flags, which are compared.
-        free = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
-        changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})"
-                   for name, value in vars(args).items() if name not in free and value != saved["flags"].get(name)]
+        # Flags that may differ. Pairs and merges may have another name or place, because their content is compared
+        # below. A recipe only sets other flags, and these are compared.
+        may_differ = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
+        before = saved["flags"]
+        changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})"
+                   for name, value in vars(args).items() if name not in may_differ and value != before.get(name)]
         for name, what in (("data", "other pairs"), ("merges", "other merges of the tokenizer")):
             if saved[name] != about[name]:
                 changed.append(what)
@@ -721,7 +742,7 @@ def find_run(args, about, device):
                 f"{args.out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; "
                 "give the same ones to resume it, another --out, or --restart to begin anew")
     step, tested = (saved["step"], saved["tested"]) if saved else (0, 0)
-    fingerprint = int(about["data"][:12], 16)  # its first hexadecimal digits
+    fingerprint = int(about["data"][:12], 16)  # the first 12 hexadecimal digits fit into int64
     everywhere = gather(torch.tensor([[step, tested, fingerprint]], device=device))  # [W, 3]
     if (everywhere != everywhere[0]).any():
         raise SystemExit(f"ranks disagree on (step, tested step, data): {everywhere.tolist()}; --out and --data must "
@@ -731,8 +752,8 @@ def find_run(args, about, device):
 
 def start_log(args, saved, dataset, model, plan):
     """Rank 0 calls it before the first step. It makes the folder --out. With --restart it deletes the checkpoints of an
-    earlier run. If this run resumes, it cuts the log back to the checkpoint. Then it prints all values in force, and
-    the text plan. SystemExit if --out cannot be written."""
+    earlier run. If this run resumes, it cuts the log back to the checkpoint. Then it prints all values in force, the
+    sizes of data and model, and plan, a text. SystemExit if --out cannot be written."""
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -741,7 +762,8 @@ def start_log(args, saved, dataset, model, plan):
             (out / "last.pt").unlink(missing_ok=True)
             (out / "best.pt").unlink(missing_ok=True)
         if saved and (out / "log.jsonl").exists():
-            # rows of tests up to the last step that was tested, other rows up to the last step that was saved
+            # Keep rows of tests up to the step that was tested last, other rows up to the step of the checkpoint. A row
+            # that a kill cut short goes too.
             rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
             rows = [row for row in rows if row.endswith("}\n") and
                     json.loads(row).get("step", 0) <= (saved["tested"] if '"eval"' in row else saved["step"])]
@@ -765,12 +787,14 @@ def write_log(out, **row):
 
 
 class Meter:
-    """What happens between two log lines. Losses are summed on the device, so that no step waits for the host. failed
-    is the number of pictures replaced since the run began, bad the number of steps whose gradient was not finite."""
+    """Adds up what happens between two log lines. Losses are summed on the device, so that the host need not wait for
+    the device in each step. Two
+    numbers count from the start of the run. failed counts unreadable pictures, which the loader replaced by others. bad
+    counts steps whose gradient was not finite."""
 
     def __init__(self, out, batch_size, device):
         self.out, self.batch_size, self.device, self.failed, self.bad = out, batch_size, device, 0, 0
-        self.streak = torch.zeros((), device=device)  # bad steps, one after the other
+        self.streak = torch.zeros((), device=device)  # number of bad steps in a row, up to now
         self.clear(0)
 
     def state_dict(self):
@@ -781,10 +805,11 @@ class Meter:
 
     def clear(self, step):
         """Begins a new line after this step."""
-        self.step, self.sums, self.skipped, self.waited, self.start = step, 0, 0, 0., time.perf_counter()
+        self.step, self.start = step, time.perf_counter()
+        self.sums, self.skipped, self.waited = 0, 0, 0.
 
     def watch(self, loader):
-        """Iterates over the loader; counts the seconds that it is waited for and the pictures that it replaced."""
+        """Iterates over the loader. Adds up the seconds spent waiting for it, and the pictures that it replaced."""
         tick = time.perf_counter()
         for batch in loader:
             self.waited += time.perf_counter() - tick
@@ -793,29 +818,31 @@ class Meter:
             tick = time.perf_counter()
 
     def add(self, good, losses):
-        """One step. good: bool tensor []; losses: {name: scalar tensor}, of which bad steps are left out."""
+        """Adds one step. good: bool tensor []; losses: {name: scalar tensor}. The losses of a bad step do not count."""
         self.names = list(losses)
         self.streak = (self.streak + 1).where(~good, 0)
         row = torch.stack([good, *losses.values()]).detach()  # its first number is 1 if the step was good
         self.sums = self.sums + row.where(good, 0)
 
     def row(self, step, stop):
-        """The log line over all ranks, as a dict, and whether any rank was told to stop; begins a new line. SystemExit
-        if too many pictures fail or 20 steps in a row were bad."""
+        """Returns the log line of all ranks, a dict, and whether any rank was told to stop. A loss is its mean over the
+        good steps, or None if all were bad. Begins a new line. SystemExit if too many pictures failed or 20 steps in a
+        row were bad."""
+        # of each rank: number of good steps, sum of each loss over them, streak, skipped, waited, signals to stop
         here = self.sums.new_tensor([self.skipped, self.waited, len(stop)])
         everywhere = gather(torch.cat([self.sums, self.streak[None], here])[None])  # [W, columns]
-        columns = everywhere.mean(0).tolist()
-        fine, means = columns[0], columns[1:-4]  # number of good steps, sum of each loss over them
+        columns = everywhere.mean(0).tolist()  # means over the ranks
+        good_steps, sums = columns[0], columns[1:-4]
         streak, skipped, waited, stopped = columns[-4:]
         count, seconds = step - self.step, time.perf_counter() - self.start
         self.failed += round(skipped * len(everywhere))
-        self.bad += round(count - fine)
+        self.bad += round(count - good_steps)
         data.check_skipped(self.failed, step * self.batch_size)
         if streak >= 20:
             last = Path(self.out, "last.pt")
             raise SystemExit("20 steps in a row without a finite gradient; "
                              f"the last good weights are in {last if last.exists() else 'no file yet'}")
-        row = {name: mean / fine if fine else None for name, mean in zip(self.names, means)}
+        row = {name: total / good_steps if good_steps else None for name, total in zip(self.names, sums)}
         row |= dict(pairs_per_second=count * self.batch_size / seconds, waited=waited)
         row |= dict(skipped=self.failed, bad_steps=self.bad)
         if self.device.type == "cuda":
@@ -825,12 +852,12 @@ class Meter:
 
 
 def save_checkpoint(path, **state):
-    """Writes state (tensors and plain Python values only) and renames, so that a kill leaves the old file or the
-    new."""
+    """Writes state (tensors and plain Python values only) to a temporary file, then renames that to path. So a kill
+    leaves the old file or the new one. SystemExit if it cannot be written."""
     try:
         torch.save(state, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         Path(f"{path}.tmp").unlink(missing_ok=True)
         raise SystemExit(f"{path} cannot be written: {error}") from None
 
@@ -861,14 +888,15 @@ def catch_sigterm():
 
 
 def leave(message):
-    """SystemExit with the message once all ranks are here, so that rank 0 has saved."""
+    """Waits until all ranks are here, so that rank 0 has saved. Then raises SystemExit with the message."""
     if dist.is_initialized():
         dist.barrier()
     raise SystemExit(message)
 
 
 def init_distributed():
-    """rank, world size and device of this process, from the environment that torchrun sets; 0 and 1 without it."""
+    """Rank, world size and device of this process, from the environment that torchrun sets. Without torchrun the rank
+    is 0 and the world size 1."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -878,7 +906,7 @@ def init_distributed():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1 and not dist.is_initialized():
-        store, *_ = next(dist.rendezvous("env://"))
+        store = next(dist.rendezvous("env://"))[0]
         # torchrun's store keeps what a crashed attempt left in it, so each attempt gets a prefix of its own
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)

@@ -9,14 +9,14 @@ One text, `--data` in all scripts, names a data set:
     a folder, or a pattern        webdataset tars (key.jpg beside key.txt); patterns such as cc3m/{0000..0575}.tar are
                                   expanded as by bash, and "::" joins several
     a .tsv or .csv                a table with the columns filepath and title
-    a .jsonl                      an object a line, with filename and caption (a text or a list of texts)
+    a .jsonl                      one JSON object a line, with filename and caption (a text or a list of texts)
 
 Files are indexed once, and the index is kept in the user's cache. A sample is then read by its number. So an epoch is a
 permutation of numbers, and which samples a step sees does not depend on the number of ranks or workers, or on restarts.
 Each sample gets a seed of its own for its crops and colours. A picture that cannot be read is replaced and counted.
 
-The order of the file: pictures, colours, tokens, what is made once for all ranks, data sets, the built-in data, order
-and batches.
+The sections of this file: pictures, colours, tokens, what is made once for all ranks, data sets, the built-in data,
+order and batches.
 """
 import argparse
 import atexit
@@ -58,7 +58,7 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", module="PIL")  # odd pictures are dealt with here
+warnings.filterwarnings("ignore", module="PIL")  # decode and Pairs deal with odd pictures
 
 # pictures
 
@@ -78,8 +78,8 @@ def open_image(image):
 def decode(image, enough=None):
     """RGB picture (PIL) from bytes, a path or a PIL picture: the first frame, without EXIF rotation.
 
-    enough: (width, height) in pixels. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still enough, which
-    is five times faster at 1600 pixels.
+    enough: (width, height) in pixels. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the result is still at least
+    this large. For a picture of 1600 pixels that is five times faster.
     """
     image = open_image(image)
     if enough:
@@ -87,7 +87,8 @@ def decode(image, enough=None):
     image.load()
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would turn white
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    if image.mode == "F":  # convert() would clip floats: their own range, but at least [0, 1], becomes [0, 255]
+    if image.mode == "F":  # floats, which convert() would clip
+        # the range [low, high] becomes [0, 255]: it holds all pixels, and also 0 and 1
         pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
         low, high = min(0, pixels.min()), max(1, pixels.max())
         image = Image.fromarray(((pixels - low) / (high - low) * 255).round().astype(np.uint8))
@@ -99,19 +100,21 @@ def crop_box(width, height, scale, rng, ratio=(3 / 4, 4 / 3)):
 
     scale: range of the crop's share of the area; ratio: range of width / height, drawn evenly on a log scale.
     """
-    for _ in range(10):
+    for _ in range(10):  # until a crop fits into the picture
         area, aspect = width * height * rng.uniform(*scale), math.exp(rng.uniform(*map(math.log, ratio)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))  # the middle of a long picture
+    # no crop did, which happens with long pictures: take the largest one in the middle that keeps within `ratio`
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def resize_crop(image, box, size):
     """uint8 [3, size, size]: a box (top, left, height, width) of an RGB picture (PIL), resized bicubically.
 
-    PyTorch resizes uint8 pixels in channels-last order: the result is PIL's to 1/255, at twice the speed.
+    PyTorch can resize uint8 pixels that lie in memory in channels-last order. No value of the result differs from PIL's
+    by more than 1 (of 255), and it takes half the time.
     """
     top, left, h, w = box
     pixels = torch.from_numpy(np.array(image.crop((left, top, left + w, top + h)))).permute(2, 0, 1)[None]
@@ -132,9 +135,9 @@ def random_resized_crops(image, size, scale, rng, count, ratio=(3 / 4, 4 / 3)):
     image = open_image(image)
     width, height = image.size
     boxes = [crop_box(width, height, scale, rng, ratio) for _ in range(count)]
-    h, w = (min(box[side] for box in boxes) for side in (2, 3))
+    h, w = min(box[2] for box in boxes), min(box[3] for box in boxes)
     image = decode(image, (math.ceil(width * size / w), math.ceil(height * size / h)))
-    x, y = image.width / width, image.height / height  # below 1 where it was decoded at a fraction
+    x, y = image.width / width, image.height / height  # below 1 if decode has made the picture smaller
     boxes = [(int(top * y), int(left * x), max(1, round(h * y)), max(1, round(w * x))) for top, left, h, w in boxes]
     return torch.stack([resize_crop(image, box, size) for box in boxes])
 
@@ -143,7 +146,7 @@ def center_crop(image, size):
     """uint8 [3, size, size] from bytes, a path or a PIL picture, by torchvision's bicubic Resize and CenterCrop."""
     image = decode(image)
     x, y = (max(0, side - 32 * min(image.size)) // 2 for side in image.size)
-    if x or y:  # a thread of pixels would grow to gigabytes: take its middle
+    if x or y:  # one side is over 32 times the other: all of it, resized, may take gigabytes, so keep the middle
         image = image.crop((x, y, image.width - x, image.height - y))
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -163,9 +166,9 @@ class Preprocess:
     def normalize(self, images):
         """[..., 3, S, S], uint8 or float in [0, 1] -> float32 (float64 stays), on the device of the images."""
         x = images / 255 if images.dtype == torch.uint8 else images.to(torch.promote_types(images.dtype, torch.float32))
-        # filled on the device, since copying constants to it would wait
+        # mean and std are made on the device, because the host would wait while it copies them there
         mean, std = (torch.stack([x.new_full((1, 1), value) for value in row]) for row in (self.mean, self.std))
-        return (x - mean) / std  # of [3, 1, 1] each
+        return (x - mean) / std  # mean and std are [3, 1, 1]
 
 
 # colours: the worker draws parameters, one row a sample; the device applies them
@@ -173,9 +176,10 @@ class Preprocess:
 def color_params(rng, flip=0., jitter=(0, 0, 0, 0, 0), grey=0., blur=0., solarize=0.):
     """float32 [8] for augment: flip, brightness, contrast, saturation, hue, grey, sigma of the blur, solarize.
 
-    0 1 1 1 0 0 0 0 changes nothing. The arguments flip, grey, blur and solarize are probabilities. jitter holds a
-    probability and the ranges of brightness, contrast, saturation and hue, as in torchvision's ColorJitter. sigma is
-    drawn evenly from .1 to 2, in pixels of a picture of 224 pixels.
+    The row 0 1 1 1 0 0 0 0 changes nothing. The arguments flip, grey, blur and solarize are the probabilities of these
+    four. jitter holds a probability, and then the ranges of brightness, contrast, saturation and hue as in
+    torchvision's ColorJitter. With probability `blur`, sigma is drawn evenly from .1 to 2, in pixels of a picture of
+    224 pixels. Otherwise sigma is 0, which means no blur.
     """
     probability, *ranges, hue = jitter
     factors = [1, 1, 1, 0]
@@ -188,18 +192,20 @@ def color_params(rng, flip=0., jitter=(0, 0, 0, 0, 0), grey=0., blur=0., solariz
 def augment(images, params):
     """uint8 [B, 3, S, S] and color_params [B, 8], on one device -> float32 [B, 3, S, S] in [0, 1]. No host sync.
 
-    Order: brightness, contrast, saturation, hue, grey, blur, solarize (torchvision shuffles the first four). The time
-    goes into passes over memory, so they are few. A picture whose parameters are the identity keeps its pixels exactly.
+    Order: brightness, contrast, saturation, hue, grey, blur, solarize (torchvision shuffles the first four). Most time
+    is spent on reading and writing pixels, so the code makes few passes over them. A picture whose row of parameters
+    changes nothing keeps its pixels exactly.
     """
     flip, brightness, contrast, saturation, hue, grey, sigma, solarize = params[..., None, None, None].unbind(1)
-    images = torch.where(flip > 0, images.flip(-1), images)  # while a pixel is a byte
+    images = torch.where(flip > 0, images.flip(-1), images)  # flipped as uint8, a quarter of fp32's memory
     x = (images / (255 / brightness)).clamp_(max=1)
     x.lerp_(luma(x.mean((2, 3), keepdim=True)), 1 - contrast).clamp_(0, 1)
     x.lerp_(luma(x), 1 - saturation).clamp_(0, 1)
     x = torch.where(hue == 0, x, shift_hue(x, hue))
     x.lerp_(luma(x), grey)
     x = gaussian_blur(x, sigma * x.shape[-1] / 224)
-    return torch.minimum(x, 2 - solarize - x)  # solarize inverts what is above a half; 2 - x is above all
+    # solarize 1: min(x, 1 - x) inverts the values above a half; solarize 0: min(x, 2 - x) is x, since x is at most 1
+    return torch.minimum(x, 2 - solarize - x)
 
 
 def luma(x):
@@ -209,30 +215,36 @@ def luma(x):
 
 
 def shift_hue(x, turns):
-    """x [B, 3, S, S] in [0, 1] with the hue moved by turns [B, 1, 1, 1]."""
+    """x [B, 3, S, S] in [0, 1] with the hue moved by `turns` [B, 1, 1, 1]: 1 is the whole colour circle."""
     r, g, b = x.split(1, 1)
     top, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)  # [B, 1, S, S]
     span = top - low
-    red, green = top == r, top == g  # which colour is the largest
+    red, green = top == r, top == g  # whether red, or green, is the largest value of a pixel
     hue = torch.where(red, g - b, torch.where(green, b - r, r - g)).div_(span.clamp(min=1e-12))
     hue += torch.where(red, 0., torch.where(green, 2., 4.))
-    hue = hue.add_(6 * turns).remainder_(6)  # in sixths of a turn
+    hue = hue.add_(6 * turns).remainder_(6)  # in sixths of a turn: red is 0, green 2, blue 4
+    # the share of the span that red, green and blue get: 1 up to one sixth from the own hue, 0 from two sixths on
     shares = torch.cat([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 1).clamp_(0, 1)
     return torch.addcmul(low, span, shares)
 
 
 def gaussian_blur(x, sigma):
-    """x [B, 3, S, S] with its own sigma [B, 1, 1, 1] in pixels (0: x itself), mirrored at the edges: a banded matrix,
-    used twice."""
+    """x [B, 3, S, S], blurred with a sigma [B, 1, 1, 1] in pixels for each picture and mirrored at the edges.
+
+    A blur along one side is a product with a matrix [S, S] whose row i holds the weights of the pixels around i. Where
+    sigma is 0 the result is x itself.
+    """
     S, radius = x.shape[-1], max(1, round(x.shape[-1] / 22.4))  # a kernel of 21 pixels at S = 224
-    offset, at = torch.arange(-radius, radius + 1, device=x.device), torch.arange(S, device=x.device)
+    offset = torch.arange(-radius, radius + 1, device=x.device)  # of each kernel weight from the kernel's middle
+    at = torch.arange(S, device=x.device)  # places of the pixels
+    # the place that each weight reads for each pixel: at + offset, mirrored at 0 and at S - 1
     source = (S - 1) - ((S - 1) - (at[:, None] + offset).abs()).abs()  # [S, 2 radius + 1]
     with torch.autocast(x.device.type, enabled=False):
-        # below 1e-3 the neighbours' weights are 0 in fp32, and the matrix is the identity
+        # at sigma 1e-3 the weights of all neighbours are 0 in fp32, so the matrix is the identity
         kernel = torch.softmax(-offset ** 2 / (2 * sigma.flatten(1).clamp(min=1e-3) ** 2), 1)  # [B, 2 radius + 1]
         matrix = torch.einsum("bk,ikj->bij", kernel, (source[..., None] == at).to(kernel.dtype))  # [B, S, S]
         x = (x.flatten(1, 2) @ matrix.mT).view_as(x)  # along the width
-        return matrix[:, None] @ x
+        return matrix[:, None] @ x  # along the height
 
 
 def grid(images, captions, path, columns=4):
@@ -254,21 +266,26 @@ def grid(images, captions, path, columns=4):
     os.replace(f"{path}.tmp", path)
 
 
-# tokens: CLIP's byte-pair encoding (Radford et al. 2021, clip/simple_tokenizer.py), with the standard library only
+# tokens: CLIP's byte-pair encoding (Radford et al. 2021, clip/simple_tokenizer.py), with the standard library only.
+# CLIP repairs texts with the library ftfy first; clean does what ftfy does to a text that is properly encoded.
 
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 BPE_URL = "https://github.com/openai/CLIP/raw/main/clip/" + BPE_FILE
 BPE_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes whose symbol is their own character
 BYTES = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]
-SYMBOL = dict(zip(BYTES, map(chr, PRINTABLE + [*range(256, 324)])))  # the other 68 have characters of their own
+SYMBOL = dict(zip(BYTES, map(chr, PRINTABLE + [*range(256, 324)])))  # 256 to 323 for the 68 others
 BYTE = {symbol: b for b, symbol in SYMBOL.items()}
 
 
 @lru_cache
 def plain_characters():
-    """Table for str.translate that does what ftfy does to ligatures, wide forms, quotes and control characters."""
+    """Table for str.translate that does what ftfy does to ligatures, wide forms, quotes and control characters.
+
+    The ligatures and wide forms in `wide` become plain letters. The control characters in `gone` are deleted. The
+    characters 0x80 to 0x9F are read as bytes of Windows' cp1252.
+    """
     wide = [0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07), 0x3000]
     gone = [*range(9), 0xB, *range(0xE, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
     return ({c: unicodedata.normalize("NFKC", chr(c)) for c in wide + [*range(0xFF01, 0xFFF0)]} | dict.fromkeys(gone)
@@ -277,16 +294,16 @@ def plain_characters():
 
 
 def clean(text):
-    """The text in lower case, with single spaces, HTML entities resolved and typographic characters made plain.
-
-    CLIP does this with ftfy.
-    """
+    """The text in lower case, with single spaces, HTML entities resolved and typographic characters made plain."""
     if "&" in text or not (text.isascii() and text.isprintable()):
-        entities, before = "<" not in text, None
-        while text != before:
-            before, text = text, html.unescape(text) if entities else text
+        entities = "<" not in text  # ftfy keeps the entities of a text that may be HTML
+        before = None
+        while text != before:  # ftfy repeats its steps until they change nothing
+            before = text
+            if entities:
+                text = html.unescape(text)
             text = unicodedata.normalize("NFC", text.translate(plain_characters()))
-        text = html.unescape(html.unescape(text))
+        text = html.unescape(html.unescape(text))  # CLIP's own step after ftfy
     return " ".join(text.split()).lower()
 
 
@@ -294,7 +311,9 @@ def clean(text):
 def piece_pattern():
     """Pattern of the pieces that are encoded on their own: a contraction, letters, one digit, or other characters.
 
-    CLIP's pattern needs the class \\p{N} of numbers, which the module re lacks: its ranges are spelt out.
+    CLIP's pattern uses the class \\p{N} of all numbers, which Python's module re lacks. The class \\d of re has the
+    decimal digits only, so `number` adds the ranges of the other numbers: Unicode's categories Nl and No, such as Roman
+    numerals. CLIP's pattern ignores case, so 's may also have a long s.
     """
     every = map(chr, range(sys.maxunicode + 1))
     runs = "".join(c if unicodedata.category(c) in ("Nl", "No") else " " for c in every).split()
@@ -304,7 +323,7 @@ def piece_pattern():
 
 
 def spell(piece):
-    """Tuple of the symbols of a piece before any merge. The last one carries the mark of a word's end, </w>."""
+    """Tuple of the symbols of a piece before any merge, one a byte. The last one gets </w>, the mark of its end."""
     *head, last = (SYMBOL[b] for b in piece.encode())
     return (*head, last + "</w>")
 
@@ -322,16 +341,17 @@ def join(word, pair):
 class Tokenizer:
     """Byte-pair encoding: tokenizer(["a red circle"]) -> int64 [n, context].
 
-    A row is SOT, the ids, EOT and zeros. A text that is too long is cut before EOT. Ids are, in this order, 256 bytes,
-    256 bytes that end a word, the merges, SOT and EOT. `merges` is a file in OpenAI's format (.txt or .gz) or a list of
-    pairs; SystemExit if the file is none. The ids equal OpenAI's, except for broken encodings, which ftfy would mend.
+    A row is SOT, the ids of the text, EOT and zeros. Of a text that is too long the last ids before EOT are left out.
+    The vocabulary is, in the order of the ids: 256 bytes, 256 bytes that end a word, the merges, SOT and EOT. `merges`
+    is a file in OpenAI's format (.txt or .gz) or a list of pairs. SystemExit if the file cannot be read as merges. The
+    ids equal OpenAI's, except for texts with a broken encoding, which ftfy would mend.
     """
 
     def __init__(self, merges, context=77):
         if isinstance(merges, (str, os.PathLike)):
             try:
                 with (gzip.open if str(merges).endswith(".gz") else open)(merges, "rt", encoding="utf-8") as file:
-                    lines = file.read().split("\n")[1:49152 - 256 - 2 + 1]  # after the header; the rest is unused
+                    lines = file.read().split("\n")[1:48_895]  # a header, then 48,894 merges; CLIP ignores the rest
             except (OSError, EOFError, UnicodeDecodeError) as error:
                 raise SystemExit(f"--bpe: {merges} holds no merges: {error}") from None
             merges = [line.split() for line in lines]
@@ -350,7 +370,11 @@ class Tokenizer:
         return [i for piece in piece_pattern().findall(clean(text)) for i in self.cache.get(piece) or self.merge(piece)]
 
     def merge(self, piece):
-        """List of the ids of a piece. Of its pairs, the one that was learnt first is joined, until none is known."""
+        """List of the ids of a piece.
+
+        Two neighbouring symbols are joined as long as such a pair is one of the merges. Of several such pairs, the one
+        that was learnt first is joined first.
+        """
         word = (piece,) if piece in (SOT, EOT) else spell(piece)
         while len(word) > 1:
             pair = min(zip(word, word[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
@@ -371,20 +395,21 @@ class Tokenizer:
     def __call__(self, texts):
         tokens = torch.zeros(len(texts), self.context, dtype=torch.int64)
         for row, text in zip(tokens, texts):
-            ids = self.encode(text[:100 * self.context])[:self.context - 2]  # 1 MB without a space would take hours
+            ids = self.encode(text[:100 * self.context])[:self.context - 2]  # 1 MB with no space would take hours
             row[:len(ids) + 2] = torch.tensor([self.sot, *ids, self.eot])
         return tokens
 
 
 def train_bpe(captions, size):
-    """List of the merges (pairs) for a vocabulary of `size` ids, of which 514 are bytes, SOT and EOT.
+    """List of the merges (pairs) for a vocabulary of `size` ids. 514 ids are no merges: 2 x 256 bytes, SOT and EOT.
 
     Each merge is the most frequent pair; of equally frequent ones, the smallest (Sennrich et al. 2016). After a merge
-    only the words that hold the pair are counted again. Outdated counts stay in the heap until they come up.
+    only the words that hold the pair are counted again. The changed counts are pushed onto a heap. It keeps the
+    outdated ones too, which are dropped when they reach its top. There are fewer merges if no pairs are left.
     """
     pieces = Counter(p for text in captions for p in piece_pattern().findall(clean(text)) if p not in (SOT, EOT))
     words, counts = [spell(piece) for piece in pieces], list(pieces.values())
-    total, holders = Counter(), defaultdict(set)  # of each pair: its count, the words that hold it
+    total, holders = Counter(), defaultdict(set)  # of each pair: its count; numbers of the words that hold or held it
 
     def count(i, sign):
         for pair in zip(words[i], words[i][1:]):
@@ -398,7 +423,7 @@ def train_bpe(captions, size):
     while len(merges) < size - 514:
         for pair in changed:
             heapq.heappush(heap, (-total[pair], pair))
-        while heap and (not heap[0][0] or -heap[0][0] != total[heap[0][1]]):
+        while heap and (not heap[0][0] or -heap[0][0] != total[heap[0][1]]):  # the count is 0, or outdated
             heapq.heappop(heap)
         if not heap:
             break
@@ -412,10 +437,12 @@ def train_bpe(captions, size):
 
 
 def find_tokenizer(bpe, spec, root=None):
-    """The tokenizer for a data set. bpe: a path of merges; "train": merges of its captions; None: the usual ones.
+    """The tokenizer for the data set `spec`.
 
-    The usual ones are, for the toy, those of its captions, and else OpenAI's, which are looked for in $CLIP_BPE, beside
-    this file and in the user's cache, and then downloaded. SystemExit if they cannot be had.
+    bpe: the path of a file of merges; "train", to learn merges from the captions of the data set; or None for the
+    default. The default for the toy is merges learnt from its captions. For other data it is OpenAI's file, which is
+    looked for in $CLIP_BPE, beside this file and in the user's cache, and is downloaded if it is in none of them.
+    SystemExit if the merges cannot be had.
     """
     if bpe == "train" or (bpe is None and spec in TOYS):
         return Tokenizer(train_bpe((text for _, text in captions(spec, 100_000 if bpe else 5_000, root)), 8192))
@@ -456,8 +483,8 @@ def read_lines(path, flag):
     except OSError as error:
         raise SystemExit(f"{flag}: the file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:  # what UTF-16 without a mark of its order looks like
+        text = "\0"  # refused in the next line
+    if "\0" in text:  # UTF-16 without a byte-order mark can pass for UTF-8, but it holds zeros
         raise SystemExit(f"{flag}: the file {path} is not UTF-8; save it as UTF-8")
     lines = re.split("\r\n|\n|\r", text)
     while lines and not lines[-1].strip():
@@ -474,7 +501,7 @@ def cache(name):
     """Path of a file in the user's cache: $XDG_CACHE_HOME, else ~/.cache. SystemExit if there is no home either."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data-efficient-clip", name)
-    except RuntimeError:  # some containers
+    except RuntimeError:  # no home folder, as in some containers
         raise SystemExit("the cache cannot be written (there is no home folder): set $XDG_CACHE_HOME to a folder that "
                          "can") from None
 
@@ -488,16 +515,20 @@ def locked(path):
     except OSError as error:
         raise SystemExit(f"the cache cannot be written ({error}): set $XDG_CACHE_HOME to a folder that can") from None
     with file:
-        fcntl.lockf(file, fcntl.LOCK_EX)  # make_index's processes, which outlive a kill, would inherit flock's lock
+        # not flock: processes that are forked under its lock hold it too, and they may outlive this one if it is killed
+        fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
 def make_index(paths, scan, kind):
-    """Folder in the cache with an index of the files `paths`, which is made if it is not there.
+    """Folder in the cache with an index of the files `paths`. The index is made if it is not there.
 
-    scan(path) returns rows int64 [n, k] whose first column is a place in a text, this text as bytes, and a Counter of
-    what was left out. The folder holds those of all files: rows.npy, whose last column says which file it is, text.npy
-    and skipped.json. SystemExit if a file cannot be read.
+    scan(path) indexes one file. It returns rows int64 [n, k], one a sample; a text, as bytes, in which the texts of the
+    samples are joined; and a Counter of what was left out. Column 0 of the rows is where a sample's text begins.
+
+    The folder holds three files. rows.npy has the rows of all files, with one column more, the number of the file.
+    text.npy has their texts, joined. skipped.json has the sum of the Counters. `kind` is a name for what scan does,
+    since another scan makes another index. SystemExit if a file cannot be read.
     """
     state = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     folder = cache("index-" + hashlib.sha256(json.dumps([2, kind, state]).encode()).hexdigest()[:24])
@@ -513,11 +544,11 @@ def make_index(paths, scan, kind):
             raise SystemExit(f"--data: a file cannot be read: {error}") from None
         rows, texts, skipped = zip(*parts)
         skipped, others = Counter(), sum(skipped, Counter()).most_common()
-        for rank, (reason, count) in enumerate(others):  # few, though reasons name the user's extensions
+        for rank, (reason, count) in enumerate(others):  # a reason may name any extension, so only nine are kept
             skipped[reason if rank < 9 else "other reasons"] += count
         number = np.repeat(np.arange(len(paths)), [len(part) for part in rows])
         rows = np.column_stack([np.concatenate(rows), number])
-        rows[:, 0] += np.cumsum([0, *map(len, texts)])[number]
+        rows[:, 0] += np.cumsum([0, *map(len, texts)])[number]  # where the file's text begins in the joined one
         part = folder.with_suffix(".part")
         part.mkdir(exist_ok=True)
         np.save(part / "rows.npy", rows)
@@ -564,13 +595,13 @@ class Pairs(Dataset):
     """Pictures with captions. dataset[index, seed] is the dict of transform(image bytes, caption, rng: random.Random).
 
     A sample that fails is replaced by the one 7919 further on, ten times at most; then Unreadable is raised. The dict
-    also gets "index", the number of the sample used, and "skipped", the number of failures. `keep` holds the numbers of
-    the samples in use; `skipped` counts, by reason, what the files hold beside them. A subclass has
-    own_captions(i) -> list of str, image(i) -> bytes, path or PIL picture, and key(i) -> str.
+    also gets "index", the number of the sample used, and "skipped", the number of failures. Sample i has the number
+    keep[i] in the index or in the toy; --subset and --limit shorten `keep`. `skipped` counts, by reason, what was left
+    out. A subclass has own_captions(i) -> list of str, image(i) -> bytes, path or PIL picture, and key(i) -> str.
     """
     keep, skipped, classnames = range(0), {}, None
-    # captions of --subset: their text (uint8) and where each sample's begins in it (int64). New lines cut it into
-    # captions, and an empty one stands for the sample's own
+    # With captions in --subset: (text, starts). text (uint8) joins the captions of all samples. Those of sample i are
+    # the lines of text[starts[i]:starts[i + 1]], and an empty line stands for the sample's own captions.
     replaced = None
 
     def __len__(self):
@@ -578,15 +609,16 @@ class Pairs(Dataset):
 
     def __getitem__(self, sample):
         index, seed = sample
-        first = index
+        first = index  # where the steps of 7919 began
         for skipped in range(11):
             try:
                 rng, texts = random.Random(seed), self.captions(index)
-                text = rng.choice(texts) if len(texts) > 1 else "".join(texts)
+                text = rng.choice(texts) if len(texts) > 1 else "".join(texts)  # "" if there is none
                 return self.transform(self.image(index), text, rng) | {"index": index, "skipped": skipped}
             except Exception as error:
-                cause, index = f"{self.key(index)}: {error!r}", (index + 7919) % len(self)
-                if index == first:  # the length is a multiple of 7919, or below 11: on to the neighbour
+                cause = f"{self.key(index)}: {error!r}"
+                index = (index + 7919) % len(self)
+                if index == first:  # back at the first sample, if the length is small or a multiple of 7919
                     index = first = (first + 1) % len(self)
         raise Unreadable(f"eleven samples failed one after the other; the last was {cause}")
 
@@ -607,10 +639,12 @@ class Pairs(Dataset):
 
 
 class Indexed(Pairs):
-    """Pairs in files, found by an index. A worker gets only the path of the index, and maps the arrays as it uses them.
+    """Pairs in files, found by the index that make_index makes.
 
-    In the index, column 0 is the place of a sample's text, column 1 the size of its key, with which this text begins,
-    and the last column the number of its file. `sizes` lists the columns that describe a sample wherever it lies.
+    A row of the index is a sample. Column 0 says where the sample's text begins. This text begins with the sample's
+    key, whose size in bytes is column 1. The last column is the number of the sample's file. `sizes` lists the columns
+    that do not change when a sample is moved to another place or file, for fingerprint. A worker is sent only the path
+    of the index, and maps the arrays into memory when it needs them.
     """
 
     def set_index(self, paths, scan, kind):
@@ -641,7 +675,7 @@ class Indexed(Pairs):
                 yield prefix(number) + str(text[offset:offset + size], "utf-8", "surrogateescape")
 
     def prefix(self, number):
-        """What the keys of a file begin with."""
+        """What all keys of the file of this number begin with."""
         return ""
 
 
@@ -650,14 +684,16 @@ def braces(text):
 
     A brace that is part of no pattern stays.
     """
-    for start in [i for i, c in enumerate(text) if c == "{" and (i or text[1:2] != "}")]:
+    for start in [i for i, c in enumerate(text) if c == "{" and (i or text[1:2] != "}")]:  # bash keeps {} at the start
+        # Find i, where the pattern that opens at `start` closes. depth: inner braces that are open. cuts: places of the
+        # opening brace and of the commas outside inner braces. dots: whether ".." stands outside inner braces.
         depth, cuts, dots = 0, [start], False
         for i in range(start + 1, len(text)):
             if text[i] == "{":
                 depth += 1
             elif text[i] == "}" and depth:
                 depth -= 1
-            elif text[i] == "}" and (len(cuts) > 1 or dots):
+            elif text[i] == "}" and (len(cuts) > 1 or dots):  # a list or a range; in others the search goes on
                 break
             elif text[i] == "," and not depth:
                 cuts.append(i)
@@ -666,6 +702,7 @@ def braces(text):
         else:
             continue  # never closed
         if "," in text[start:i]:
+            # what stands between two cuts may hold patterns itself
             parts = [part for a, b in zip(cuts, [*cuts[1:], i]) for part in braces(text[a + 1:b])]
         else:
             parts = brace_range(text[start + 1:i]) or [text[start:i + 1]]
@@ -674,7 +711,7 @@ def braces(text):
 
 
 def brace_range(text):
-    """List of the numbers or letters of a range such as 08..11, c..a or 0..9..2; empty if it is none."""
+    """List of the numbers or letters of a range such as 08..11, c..a or 0..9..2; empty if the text is no range."""
     if not (found := re.fullmatch(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.(-?\d+))?", text)):
         return []
     first, last, step = found.groups()
@@ -691,9 +728,10 @@ def brace_range(text):
 
 
 def expand(spec):
-    """List of paths: "a{08..11}.tar::b{x,y}.tar::folder/*.tar::folder", expanded as by bash; "::" joins.
+    """List of the paths that a text such as "a{08..11}.tar::b{x,y}.tar::folder/*.tar::folder" stands for.
 
-    A folder stands for its tars. A path that exists as it is written is no pattern. What matches nothing stays.
+    "::" separates parts, and each part is expanded as by bash. A folder stands for its tars. A path that exists as it
+    is written is no pattern. A pattern that matches no file stays in the list, as bash leaves it.
     """
     paths = []
     for part in map(os.path.expanduser, [spec] if os.path.exists(spec) else spec.split("::")):
@@ -703,7 +741,7 @@ def expand(spec):
             folder = path if os.path.exists(path) else os.path.dirname(path)
             while folder and not os.path.exists(folder):
                 folder = os.path.dirname(folder)
-            pattern = glob.escape(folder) + path[len(folder):]  # a bracket in what exists is a character
+            pattern = glob.escape(folder) + path[len(folder):]  # [ and * in an existing folder's name are no pattern
             paths += sorted(glob.glob(pattern)) or [path]
     return paths
 
@@ -711,14 +749,16 @@ def expand(spec):
 def scan_tar(path, require):
     """Index of a tar: rows int64 [n, 7], the keys joined as bytes, and a Counter of what was left out, by reason.
 
-    A row is (offset, size) of the key, the picture and the caption, and the class or -1. A sample is a run of members
-    whose names agree up to the first dot, as in webdataset; an extension that comes again begins a new sample, as in
-    open_clip. `require` is the extension without which a sample is left out.
+    A row is: offset and size of the key in the joined keys, offset and size of the picture in the tar, offset and size
+    of the caption in the tar, and the class or -1. A sample is a run of members whose names agree up to the first dot,
+    as in webdataset; an extension that comes again begins a new sample, as in open_clip. `require` is the extension
+    ("txt" or "cls") without which a sample is left out.
     """
     groups, rows, keys, skipped = [], [], bytearray(), Counter()
 
     def lacks(what, group):
-        seen = sorted({"." + re.sub(r".*\.", "*.", extension) for extension in group})  # d.jpg, of c.d.jpg: *.jpg
+        # the member c.d.jpg has the key c and the extension d.jpg, which is shown as .*.jpg
+        seen = sorted({"." + re.sub(r".*\.", "*.", extension) for extension in group})
         return ValueError(f"no {what} beside {' '.join(seen)} (the members of a sample must stand next to each other, "
                           "and its key ends at the first dot)")
 
@@ -734,7 +774,7 @@ def scan_tar(path, require):
                     groups.append((key, {}))
                 groups[-1][1][extension] = member.offset_data, member.size
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):  # the mark of the end
+            if tar.fileobj.read(512) != bytes(512):  # a tar that is whole ends in zeros
                 raise tarfile.ReadError
     except tarfile.TarError:
         if not groups and not path.lower().endswith(".tar"):
@@ -742,7 +782,7 @@ def scan_tar(path, require):
         skipped["damaged, truncated or compressed tar"] += 1
     for key, group in groups:
         image = next((group[e] for e in ("jpg", "png", "jpeg", "webp") if e in group), None)
-        text, label = group.get("txt", (0, 0)), group.get("cls", (0, 0))
+        text, label = group.get("txt", (0, 0)), group.get("cls", (0, 0))  # if there is none, the first 0 bytes
         try:
             if max(offset + size for offset, size in group.values()) > os.path.getsize(path):
                 raise ValueError("cut off by the end of the tar")
@@ -766,12 +806,13 @@ def scan_tar(path, require):
 
 
 class TarDataset(Indexed):
-    """webdataset tars: key.jpg (.png, .jpeg, .webp), key.txt and, in test sets, key.cls, with a file classnames.txt.
+    """webdataset tars. A sample is key.jpg (.png, .jpeg, .webp) with key.txt, in test sets with key.cls or both.
 
-    require: "txt" for training, where the text is one caption, or "cls" for tests, where each line of the text is one.
-    SystemExit if a file is missing or no tar, or if they hold no sample.
+    A file classnames.txt beside the tars names the classes. require: "txt" for training, where all of key.txt is one
+    caption, or "cls" for tests, where each line of key.txt is a caption. SystemExit if a file is missing, a file is no
+    tar, or the tars hold no sample.
     """
-    sizes = [1, 3, 5, 6]
+    sizes = [1, 3, 5, 6]  # sizes of key, picture and caption, and the class
 
     def __init__(self, spec, transform, require="txt"):
         self.paths, self.transform, self.require = expand(spec), transform, require
@@ -811,7 +852,7 @@ def table_rows(content, delimiter):
     cell = re.compile(rb'(?:"([^"]*(?:""[^"]*)*)"|([^%s\n]*?))(%s|\r?\n|\r?\Z)' % (delimiter, delimiter))
 
     def row_at(content, at):
-        """The row that begins at a byte, and where the next one begins."""
+        """The row that begins at byte `at`, and where the next one begins."""
         row, ending = [], delimiter
         while ending == delimiter:
             quoted, plain, ending = (match := cell.match(content, at)).groups()
@@ -825,14 +866,15 @@ def table_rows(content, delimiter):
         line_end = content.find(b"\n", at) + 1 or len(content)
         row, after = row_at(content, at)
         rows = [row]
-        if after > line_end:  # a cell with new lines in it, or a quote that was never closed and another one below
+        if after > line_end:  # a cell in quotes with new lines in it, or two lines that each have one stray quote
             lines = [row_at(line, 0)[0] for line in content[at:after].removesuffix(b"\n").split(b"\n")]
             if all(len(line) == len(header) for line in lines):
-                # each line would do as a row: they are rows if their file names all have an extension, or none has
+                # Each line has the right number of cells, so lines and row are both possible. The lines are rows of
+                # their own if all have an extension in the cell of the file name, or none has.
                 if len({b"." in line[header.index(b"filepath")][-6:] for line in lines}) == 1:
                     rows = lines
             elif len(row) != len(header):
-                rows, after = lines[:1], line_end
+                rows, after = lines[:1], line_end  # a stray quote: only the first line is a row
         yield from (row for row in rows if row != [b""])
         at = after
 
@@ -840,15 +882,15 @@ def table_rows(content, delimiter):
 def scan_table(path):
     """Index of a table: rows int64 [n, 3], their text as bytes, and a Counter of what was left out, by reason.
 
-    The text of a row is its file name and, as JSON, the list of its captions. The row is (offset of the text, size of
-    the file name, size of the captions).
+    The text of a sample is its file name and, behind it, the list of its captions as JSON. A row is: offset of this
+    text, size of the file name, size of the list.
     """
     rows, text, skipped = [], bytearray(), Counter()
     content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise SystemExit(f"--data: {path} is not UTF-8; save it as UTF-8")
     end = re.search(rb"\r\n?|\n", content)
-    if end and end[0] == b"\r":  # an old Mac's line ends
+    if end and end[0] == b"\r":  # line ends of an old Mac: swap \r and \n
         content = content.translate(bytes.maketrans(b"\r\n", b"\n\r"))
     if is_json := path.lower().endswith(".jsonl"):
         lines = filter(bytes.strip, io.BytesIO(content))
@@ -889,11 +931,12 @@ def scan_table(path):
 
 
 class TableDataset(Indexed):
-    """A .tsv or .csv with the columns filepath and title, or a .jsonl with filename and caption, a text or several.
+    """A .tsv or .csv with the columns filepath and title, or a .jsonl with filename and caption (a text or a list).
 
-    Pictures lie relative to the table. SystemExit if there is no such file, or no such columns, or nothing in it.
+    Names of pictures are relative to the folder of the table. SystemExit if the file is missing, lacks these columns or
+    holds no sample.
     """
-    sizes = [1, 2]
+    sizes = [1, 2]  # of the file name and of the captions
 
     def __init__(self, path, transform):
         self.path, self.transform = os.path.expanduser(path), transform
@@ -912,53 +955,67 @@ class TableDataset(Indexed):
 # the built-in data
 
 def arc(radius, start, end, n=24, center=0):
-    """n + 1 points, as complex numbers, of an arc between two angles in turns."""
+    """n + 1 points, as complex numbers, on an arc around `center`. start, end: angles in turns."""
     return [center + cmath.rect(radius, math.tau * (start + (end - start) * k / n)) for k in range(n + 1)]
 
 
 COLORS = {"red": (0, "crimson", "scarlet"), "orange": (28, "tangerine", "amber"), "yellow": (54, "golden", "lemon"),
           "green": (120, "emerald", "lime"), "cyan": (180, "turquoise", "teal"), "blue": (225, "azure", "navy"),
           "purple": (272, "violet", "lilac"), "pink": (325, "rose", "magenta")}  # hue in degrees, synonyms
+# outline (a polygon of complex numbers around 0), synonyms
 SHAPES = {"circle": (arc(1, 0, 1), "disc", "dot"), "ring": (arc(1, 0, 1) + arc(.55, 1, 0), "hoop", "donut"),
           "square": (arc(1.1, 0, 1, 4), "box", "block"), "triangle": (arc(1.15, 0, 1, 3), "wedge", "pyramid"),
           "star": ([cmath.rect(1 - k % 2 * .58, math.tau * k / 10) for k in range(10)], "starlet", "asterisk"),
           "cross": ([z * 1j ** n for n in range(4) for z in (1 - .3j, 1 + .3j, .3 + .3j)], "plus", "crucifix"),
           "crescent": (arc(1, .12, .88) + arc(.8, .85, .15, 24, .42), "moon", "sickle"),
-          "heart": (arc(.5, .5, 1, 12, -.5) + arc(.5, .5, 1, 12, .5) + [1.15j], "valentine", "sweetheart")}  # polygon
+          "heart": (arc(.5, .5, 1, 12, -.5) + arc(.5, .5, 1, 12, .5) + [1.15j], "valentine", "sweetheart")}
 KINDS = [(color, shape) for color in COLORS for shape in SHAPES]
-HELD_OUT = [kind for i, kind in enumerate(KINDS) if i // 8 % 2 == i % 8 % 2 == 0]  # 4 colours x 4 shapes
+# kind i has colour i // 8 and shape i % 8; held out is every second colour with every second shape, 4 x 4
+HELD_OUT = [kind for i, kind in enumerate(KINDS) if i // 8 % 2 == i % 8 % 2 == 0]
 TRAINED = [kind for kind in KINDS if kind not in HELD_OUT]
-REPORTED = [kind for i, kind in enumerate(HELD_OUT) if (i // 4 + i % 4) % 2 == 0]  # each colour and each shape twice
+# half of the held-out kinds, like the black fields of a chess board: each colour and each shape comes twice
+REPORTED = [kind for i, kind in enumerate(HELD_OUT) if (i // 4 + i % 4) % 2 == 0]
 SPLITS = {"train": TRAINED, "seen": TRAINED, "test": REPORTED,
           "tune": [kind for kind in HELD_OUT if kind not in REPORTED]}
+# kinds that may stand in a picture beside a kind (c, s): the colour of each with the other's shape is not held out
 BESIDE = {(c, s): [kind for kind in TRAINED if not {(c, kind[1]), (kind[0], s)} & {*HELD_OUT}] for c, s in KINDS}
 OPENINGS = ["a", "a", "the", "my", "one", "nice", "a photo of a", "picture of a", "this is a", "stock image :"]
 CHATTER = ["free download", "holiday 2014", "for sale", "vector clip art", "made by anna", "img 0042", "best price",
            "from our trip to paris", "with dog", "new in shop", "# art", "( signed print )", "cat not included"]
-TOY = {"pairs": 1024, "side": 40, "radius": (.3, .45), "shift": .08, "turn": .05, "hue": 9, "grid": 6, "patches": .2,
-       "noise": .2, "beside": .11, "second": .1, "zipf": 0,  # above: the picture; below: probabilities in a caption
+TOY = {"pairs": 1024, "side": 40,  # side of a picture in pixels
+       # the object: range of its radius, largest shift (both in sides), turn (in turns) and change of hue (in degrees)
+       "radius": (.3, .45), "shift": .08, "turn": .05, "hue": 9,
+       # the ground: its coloured patches a side, and the largest opacity of the patches and of the noise over all
+       "grid": 6, "patches": .2, "noise": .2,
+       # the second object: radius and probability; exponent of Zipf's law for the kinds (0: all equally often)
+       "beside": .11, "second": .1, "zipf": 0,
+       # probabilities in a caption: it is another picture's; it names the colour; it names the shape; it does so by a
+       # synonym; it says something that is not in the picture (tried twice)
        "mismatch": .1, "color": .65, "shape": .7, "synonym": .5, "chatter": .35}
-TOYS = {"toy": TOY, "toy-zipf": TOY | {"zipf": 1},  # the exponent of Zipf's law for the kinds; 0: all equally often
+TOYS = {"toy": TOY,
+        "toy-zipf": TOY | {"pairs": 4096, "zipf": 1},
         "toy-busy": TOY | {"radius": (.15, .225), "shift": .2, "beside": .07, "grid": 10, "patches": .6}}
 TOY_TESTS = {variant + ending: (variant, split) for variant in TOYS
              for ending, split in (("", "test"), ("-tune", "tune"), ("-seen", "seen"))}
 
 
 def toy_rng(split, seed, what, number):
-    """random.Random of one part of one sample, the same in all variants."""
+    """random.Random for one part (`what`) of one sample: the same numbers in all variants."""
     return random.Random(f"{seed} {split} {what} {number}")
 
 
 @lru_cache(2 ** 16)
 def toy_scene(variant, split, seed, number):
-    """Dict of what is in a picture. A second object makes no held-out kind with the first one, however combined."""
+    """Dict of what is in a picture: see ToyDataset.scene. The colour of one object and the shape of the other are never
+    a held-out kind."""
     toy, rng = TOYS[variant], toy_rng(split, seed, "scene", number)
     kind = rng.choice(SPLITS[split])
     if toy["zipf"] and split == "train":
         order = random.Random(f"{seed} zipf").sample(TRAINED, len(TRAINED))
         weights = [1 / rank ** toy["zipf"] for rank in range(1, len(order) + 1)]
-        kind, = toy_rng(split, seed, "kind", number).choices(order, weights)
-    size, x, y = rng.random(), *(.5 + rng.uniform(-1, 1) * toy["shift"] for _ in "xy")
+        kind = toy_rng(split, seed, "kind", number).choices(order, weights)[0]
+    size = rng.random()
+    x, y = (.5 + rng.uniform(-1, 1) * toy["shift"] for _ in range(2))
     other = rng.choice(BESIDE[kind]) if rng.random() < toy["second"] else None
     return {"kind": kind, "other": other, "x": x, "y": y,
             "radius": toy["radius"][0] * (1 - size) + toy["radius"][1] * size,
@@ -967,7 +1024,7 @@ def toy_scene(variant, split, seed, number):
 
 @lru_cache(2 ** 16)
 def toy_caption(variant, split, seed, number):
-    """The caption of a picture, and whether it was written for another one."""
+    """The caption of a picture, and whether it describes another picture instead."""
     toy, rng, scene = TOYS[variant], toy_rng(split, seed, "caption", number), toy_scene(variant, split, seed, number)
     if split != "train":
         return f"a {scene['size']} {' '.join(scene['kind'])} on a {scene['light']} background", False
@@ -976,6 +1033,7 @@ def toy_caption(variant, split, seed, number):
         scene = toy_scene(variant, split, seed, number + 1)
 
     def some(probability, text, otherwise=""):
+        """`text` with this probability, else `otherwise`."""
         return text if rng.random() < probability else otherwise
 
     def name(color, shape):
@@ -990,7 +1048,7 @@ def toy_caption(variant, split, seed, number):
     return " ".join(" ".join(words).split()), mismatch
 
 
-@lru_cache(2 ** 16)  # some 80 MB
+@lru_cache(2 ** 16)  # at most some 80 MB
 def toy_picture(variant, split, seed, number):
     """JPEG of a picture."""
     toy, rng, scene = TOYS[variant], toy_rng(split, seed, "picture", number), toy_scene(variant, split, seed, number)
@@ -998,6 +1056,7 @@ def toy_picture(variant, split, seed, number):
     tone = [rng.randint(*{"dark": (5, 45), "bright": (60, 100)}[scene["light"]]) for _ in range(3)]
     patches = Image.frombytes("RGB", (grid, grid), rng.randbytes(3 * grid * grid)).resize((side, side), Image.BICUBIC)
     picture = Image.blend(Image.new("RGB", (side, side), tuple(tone)), patches, rng.uniform(0, toy["patches"]))
+    # the second object stands in a corner, on the side where the first one leaves more room
     second = (scene["other"], .15 if scene["x"] > .5 else .85, rng.choice([.15, .85]), toy["beside"])
     for kind, x, y, radius in [(scene["kind"], scene["x"], scene["y"], scene["radius"]), second]:
         if kind:
@@ -1005,7 +1064,7 @@ def toy_picture(variant, split, seed, number):
             tone = colorsys.hsv_to_rgb(hue, rng.uniform(.6, 1), rng.uniform(.75, 1))
             turn = cmath.rect(3 * side * radius, math.tau * rng.uniform(-1, 1) * toy["turn"])
             points = [3 * side * complex(x, y) + turn * z for z in SHAPES[kind[1]][0]]
-            mask = Image.new("L", (3 * side, 3 * side))
+            mask = Image.new("L", (3 * side, 3 * side))  # three times as large, so that reduce(3) smooths the edges
             ImageDraw.Draw(mask).polygon([(z.real, z.imag) for z in points], 255)
             picture.paste(tuple(int(255 * t) for t in tone), (0, 0), mask.reduce(3))
     noise = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
@@ -1015,12 +1074,15 @@ def toy_picture(variant, split, seed, number):
 
 
 class ToyDataset(Pairs):
-    """Small scenes, each a function of (variant, split, seed, number), with captions like those of the web: synonyms,
-    attributes left out, words about nothing in the picture, a tenth of them of another picture. Drawn once and kept.
+    """Small scenes, each a function of (variant, split, seed, number). The variants stand in TOYS.
 
-    Of the 64 kinds (colour, shape) 16 are in no training picture or caption. Two splits show eight of these each:
-    "tune", by which settings are chosen, and "test", which is reported. "seen" shows the 48 kinds of training. In these
-    three splits a picture's class is one of all 64, and its caption is clean and full. The variants stand in TOYS.
+    The captions are like those of the web. They have synonyms, leave out attributes, and say things that are not in the
+    picture. A tenth of the captions describe another picture. A scene is drawn once and kept.
+
+    A kind is a colour and a shape. 16 of the 64 kinds are in no training picture or caption. Two splits show eight of
+    these each: "tune", by which settings are chosen, and "test", which is reported. "seen" shows the 48 kinds of
+    training. In these three splits the class of a picture is its number among all 64 kinds, and its caption is true and
+    leaves nothing out.
     """
     classnames = [" ".join(kind) for kind in KINDS]
 
@@ -1032,8 +1094,8 @@ class ToyDataset(Pairs):
         return f"{variant}-{split}/{self.keep[i]:08d}"
 
     def scene(self, number):
-        """Dict of what is in the picture of a number: kind, other (a second kind or None), x, y, radius, size,
-        light."""
+        """Dict of what is in picture `number`: kind, other (kind of the second object, or None), x, y, radius (in sides
+        of the picture), size ("large" or "small") and light ("dark" or "bright", of the background)."""
         return toy_scene(*self.source, number)
 
     def label(self, i):
@@ -1053,9 +1115,11 @@ class ToyDataset(Pairs):
 
 
 def run_name(spec):
-    """What runs on a data set are named after: the last name of its path without ending. A pattern, or a name that a
-    shell would not take as it stands, gets a hash of the whole spec, so that different patterns have different
-    names."""
+    """The name of a data set in the names of runs: the last part of its path, without the extension.
+
+    A pattern, or a name with characters that a shell treats specially, gets a hash of the whole spec as its end. So
+    different patterns have different names.
+    """
     stem = Path(spec).stem
     plain = re.sub(r"[^\w.+-]+", "-", stem).strip("-.")
     if plain and plain == stem:
@@ -1084,11 +1148,13 @@ def open_dataset(spec, transform, limit=None, subset=None, root=None):
 
 
 def select(dataset, file):
-    """Keeps only the samples whose keys stand in `file`, with the captions that it gives. SystemExit if it names none.
+    """Keeps only the samples whose keys stand in `file`, with the captions that the file gives them.
 
-    A line is a key and, after a tab, a caption in place of the sample's own. Lines with one key are several captions.
+    A line of the file is a key and, after a tab, a caption in place of the sample's own. Several lines with one key
+    give its sample several captions. SystemExit if the file names no sample.
     """
-    said, keep, texts = {}, [], []  # said: key -> captions, a line each; an empty line: the sample's own
+    # said[key]: the captions of a key, joined by new lines; an empty one stands for the sample's own captions
+    said, keep, texts = {}, [], []
     for line in read_lines(file, "--subset"):
         key, _, caption = line.partition("\t")
         caption = caption.strip()
@@ -1096,7 +1162,7 @@ def select(dataset, file):
             caption = f"{said[key]}\n{caption}"
         if line.strip():
             said[key] = caption
-    unknown, first = {*said}, dataset.key(0)
+    unknown, first = {*said}, dataset.key(0)  # first: an example of a key, for the error
     for i, key in enumerate(dataset.keys()):
         if key in said:
             keep.append(i)
@@ -1137,6 +1203,8 @@ def fingerprint(dataset):
         for first in range(0, len(dataset), 2 ** 16):
             keep = np.asarray(dataset.keep[first:first + 2 ** 16])
             lengths = starts[keep + 1] - starts[keep]
+            # places in `text` of all bytes of these samples. In the samples' joined bytes, sample j begins at byte
+            # cumsum(lengths)[j] - lengths[j]; in `text` it begins at starts[keep[j]]. The difference is added.
             places = np.arange(lengths.sum()) + np.repeat(starts[keep] - np.cumsum(lengths) + lengths, lengths)
             files, counts = np.unique(rows[keep, -1], return_counts=True)
             names = [[dataset.prefix(file), count] for file, count in zip(files.tolist(), counts.tolist())]
@@ -1162,10 +1230,13 @@ def captions(spec, limit=None, root=None, subset=None):
 class EpochBatches:
     """Batch sampler of one rank: lists of (index, seed). Set `epoch`, and `start` (the steps to leave out) to resume.
 
-    An epoch is a permutation that depends on (seed, epoch) only. Of B W samples a step, rank r of W gets the r-th B, so
-    the ranks side by side see the batch of one process. The samples that fill no batch are dropped. A sample's seed
-    depends on (seed, epoch, stream, place in the permutation): another stream is another pass in the same order.
-    indices: numbers of samples, repeats allowed, to permute instead of range(length). SystemExit if they fill no batch.
+    batch_size is that of one rank, B. An epoch is a permutation of the samples that depends on (seed, epoch) only. With
+    W ranks a step takes the next B W samples of it: rank 0 gets the first B, rank 1 the next B, and so on. So all ranks
+    together see the batch that one process would see. Samples at the end that fill no batch are dropped.
+
+    A sample's seed depends on (seed, epoch, stream, place in the permutation). Another stream gives another pass over
+    the samples, in the same order with other seeds. indices: numbers of samples, repeats allowed, to permute instead of
+    range(length). SystemExit if they fill no batch.
     """
 
     def __init__(self, length, batch_size, seed=0, rank=0, world=1, indices=None, stream=0):
@@ -1180,6 +1251,7 @@ class EpochBatches:
 
     def __iter__(self):
         perm = np.random.default_rng([0, self.seed, self.epoch]).permutation(len(self.indices))
+        # 0 in the line above and 1 below keep the two sources of random numbers apart; >> makes seeds fit into int64
         seeds = np.random.PCG64([1, self.seed, self.epoch, self.stream]).random_raw(len(perm)) >> np.uint64(1)
         for step in range(self.start, len(self)):
             first = (step * self.world + self.rank) * self.batch_size
@@ -1191,33 +1263,39 @@ def collate(samples):
     """Dict of stacked tensors. "tokens" [..., L] are cut to the shortest of a few lengths that holds them all."""
     batch = default_collate(samples)
     if "tokens" in batch:
-        used = int(batch["tokens"].flatten(0, -2).any(0).nonzero().max()) + 1  # padding is 0, EOT never is
+        used = int(batch["tokens"].flatten(0, -2).any(0).nonzero().max()) + 1  # padding is 0, EOT is not
         length = next(n for n in (16, 24, 32, 48, 64, batch["tokens"].shape[-1]) if n >= used)
         batch["tokens"] = batch["tokens"][..., :length].contiguous()
     return batch
 
 
 def deaf(worker):
-    """Lets a worker ignore SIGTERM, which torchrun and SLURM send to all processes: the training loop saves first."""
+    """Lets a worker ignore SIGTERM, which torchrun and SLURM send to all processes.
+
+    The training loop needs its workers until it has saved a checkpoint.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @atexit.register
 def kill_workers():
-    """Kills workers that an exception has left behind. multiprocessing would send them SIGTERM at exit, and wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """Kills workers that an exception has left behind.
+
+    Without it multiprocessing would send them SIGTERM at exit, which they ignore, and wait for them.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each killed worker
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
 
 
 class Loader(DataLoader):
-    """DataLoader that turns Unreadable into SystemExit with its sentence."""
+    """DataLoader that turns Unreadable into SystemExit with the same sentence."""
 
     def __iter__(self):
         try:
             yield from super().__iter__()
-        except Unreadable as error:  # a worker's brings its traceback
+        except Unreadable as error:  # if a worker raised it, its sentence comes at the end of the worker's traceback
             raise SystemExit(f"{str(error).rpartition('Unreadable: ')[2].strip()}; see: python data.py PATH") from None
 
 
@@ -1234,16 +1312,19 @@ def default_workers(spec, device):
 
 def loader(dataset, batches, workers, device=None):
     """Loader of Pairs over EpochBatches. Its workers live on between epochs. torch's global RNG is left as it is."""
-    # Workers start as Python's default has it (fork on Linux before 3.14, then forkserver; spawn on macOS) at the first
-    # batch, when CUDA and NCCL are already at work. A fork is safe then: NCCL calls ibv_fork_init, so that memory which
-    # it registers with InfiniBand is no part of a forked process, and workers use neither CUDA nor the process group.
+    # Workers start at the first batch, in Python's default way: fork on Linux before Python 3.14, forkserver from 3.14
+    # on, spawn on macOS. CUDA and NCCL are already at work then. A fork is still safe. Workers use neither CUDA nor the
+    # process group, and NCCL calls ibv_fork_init: memory that it registers with InfiniBand does not go into a fork.
     cuda = device is not None and torch.device(device).type == "cuda"
     return Loader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=cuda,
                   persistent_workers=workers > 0, worker_init_fn=deaf, generator=torch.Generator())
 
 
 def check_skipped(skipped, seen):
-    """SystemExit if more than 5 % failed, of the first thousand samples or of all so far. Counts are of all ranks."""
+    """SystemExit if `skipped`, the number of failures, is more than 5 % of `seen`, the number of samples so far.
+
+    Before sample 1,000 the limit is 5 % of 1,000, which is 50 failures. Both counts are sums over all ranks.
+    """
     if skipped > .05 * max(seen, 1000):
         raise SystemExit(f"{skipped} pictures failed in {seen} samples: a wrong path or format? See: "
                          "python data.py PATH")

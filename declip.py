@@ -5,30 +5,31 @@ is written twice: once with some words masked, once edited (two words swapped, s
 synonym). Four losses use these views:
 
     clip   CLIP's loss for all four combinations of a crop and a text (the paper's multi-view supervision).
-    nns    Nearest-neighbour supervision. A queue holds the latest captions' features. A crop must match the one nearest
-           to its own caption's, because the caption behind it often describes the picture too.
-    ssl    Self-supervision of the image tower: each crop predicts the feature of the other crop (SimSiam).
-    mlm    Masked language modelling: the text tower guesses the masked words, as in BERT.
+    nns    Nearest-neighbour supervision. A queue holds the latest captions' features. The caption nearest to a text
+           often fits its picture too. So each crop must also match this neighbour's feature.
+    ssl    Self-supervision of the image tower: each crop predicts the other crop's feature (SimSiam).
+    mlm    Masked language modelling: the text tower guesses each masked word from the words to its left.
 
 Only the two towers are kept for use. There is no teacher and no momentum encoder.
 
-The losses. x_k is the unit vector of crop k = 1, 2. y_v is that of the masked (v = 1) or edited caption (v = 2). n_v is
-the row of the queue nearest to y_v. z_k = projector(image feature) and p_k = predictor(z_k). s is CLIP's scale.
+The losses. f_k is the image feature of crop k = 1, 2; x_k is f_k at unit length. y_1 is the masked text's unit feature,
+y_2 the edited text's. n_v is the queue's row nearest to y_v. z_k = projector(f_k), p_k = predictor(z_k). s is CLIP's
+scale.
 
     clip = mean over k, v of clip_loss(x_k, y_v)
-    nns  = mean over k, v of cross-entropy(s <x_k, n_v>), in one direction only: each picture chooses a neighbour
+    nns  = mean over k, v of cross-entropy(s <x_k, n_v>): a crop picks its text's neighbour among those of the batch
     ssl  = -1/2 [ cos(p_1, z_2) + cos(p_2, z_1) ]
-    mlm  = cross-entropy of the masked words, read from the text tower before its projection
+    mlm  = cross-entropy of the masked words, predicted by the text tower before its projection
     L    = .4 clip + .2 nns + .2 ssl + .2 mlm
 
-Targets get no gradient. In ssl, z is detached and only one branch has a predictor; drop either and SimSiam collapses.
-In nns, the neighbours are detached, so this term trains only the image tower and s. Its negatives are the neighbours of
-the batch's other captions, not the whole queue. Search before you enqueue, or each caption finds itself.
+Targets get no gradient. In each cosine of ssl, z is detached and only the other side has a predictor; SimSiam collapses
+if one is missing. In nns, the neighbours are detached, so this term trains only the image tower and s. Its negatives
+are the batch's other neighbours, not the whole queue. Search before you enqueue, or each caption finds itself.
 
 Results (zero-shot ImageNet). RN50 has 60.4 % from 56 M pairs; OpenAI's CLIP has 59.6 % from 400 M (paper). On
-YFCC15M-V2, ViT-B-32 has 43.2 %, CLIP 32.8 % (authors' benchmark). But DeCLIP also augments pictures more
-strongly. The baseline that does so too is clip.py --augment declip. A step takes twice CLIP's FLOPs, because each tower
-runs twice. Heads, queue and masked words add 2 %.
+YFCC15M-V2, ViT-B-32 has 43.2 %, CLIP 32.8 % (authors' benchmark). DeCLIP's stronger augmentation may explain
+part of that gain; clip.py --augment declip is the baseline with the same. A step takes twice CLIP's FLOPs, because each
+tower runs twice. Heads, queue and words add 2 %.
 
 How to run.
     python declip.py                                                         built-in pictures, any machine, minutes
@@ -68,7 +69,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())  # fills rows: chunks are views
+        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())  # fills rows, as chunks are views
         return rows
 
     @staticmethod
@@ -88,16 +89,17 @@ def clip_loss(image_features, text_features, logit_scale):
 
     image_features, text_features: unit rows [B, D]; row i of one belongs to row i of the other. B is equal on all
     ranks. logit_scale: the factor s itself, not its log. Returns a scalar in at least fp32, also under autocast,
-    because bf16 rounds logits near 100 to multiples of 0.5. The mean over ranks is the loss of the whole batch of N = W
-    B pairs. If all logits are equal, it is ln N.
+    because bf16 rounds logits near 100 to multiples of 0.5. The mean over the W ranks is the loss of the whole batch of
+    N = W B pairs. If all logits are equal, the loss is ln N.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
-# The released code of SLIP gathers without gradient. There a feature learns only as a query (a row of the logits),
-        # never as a candidate (a column), and its gradient points elsewhere. open_clip by default divides the towers'
-        # gradient by W; its flags --local-loss and --gather-with-grad together prevent that.
+        # The released code of SLIP gathers without gradient. There a feature learns only as a query (a row of the
+        # logits), never as a candidate (a column), so its gradient has another direction. open_clip's towers get the
+        # gradient of the whole batch divided by W, unless its flags --local-loss and --gather-with-grad are given
+        # together.
         all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
-        rank = dist.get_rank() if len(all_x) > len(x) else 0  # one process has no process group
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         labels = torch.arange(len(x), device=x.device) + rank * len(x)  # the columns of this rank's own pairs
         image_logits = logit_scale * x @ all_y.T  # [B, N]
         text_logits = logit_scale * y @ all_x.T  # [B, N]
@@ -105,14 +107,16 @@ def clip_loss(image_features, text_features, logit_scale):
 
 
 def multi_view_clip_loss(image_views, text_views, logit_scale):
-    """Mean of clip_loss over the four pairs of an image view and a text view (multi-view supervision, section 3.3).
+    """Mean of clip_loss over the four pairs of an image view and a text view (multi-view supervision, section 3.3 of
+    the DeCLIP paper).
 
     image_views, text_views: unit rows [2, B, D]. logit_scale: the factor. Returns a scalar in at least fp32. The mean
     over ranks is the loss of the whole batch. The four pairs weigh the same, as in the released declip_solver.py.
     """
     with torch.autocast(image_views.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_views, text_views))
-        all_x, all_y = gather(torch.cat([x, y]).transpose(0, 1)).transpose(0, 1).chunk(2)  # [2, N, D] each
+        rows = gather(torch.cat([x, y]).transpose(0, 1))  # [N, 4, D]; gather joins ranks along dimension 0
+        all_x, all_y = rows.transpose(0, 1).chunk(2)  # [2, N, D] each
         rank = dist.get_rank() if all_x.shape[1] > x.shape[1] else 0
         labels = torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]  # the columns of this rank's own pairs
         total = 0.
@@ -120,24 +124,27 @@ def multi_view_clip_loss(image_views, text_views, logit_scale):
             for v in (0, 1):
                 image_logits = logit_scale * x[k] @ all_y[v].T  # [B, N]
                 text_logits = logit_scale * y[v] @ all_x[k].T  # [B, N]
-                total = total + (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels))
-        return total / 8
+                total = total + (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+        return total / 4
 
 
 def nearest_neighbor_loss(image_views, neighbors, logit_scale):
-    """Cross-entropy of each picture over N neighbours, one for each caption of the batch; the right one is that of its
-    own caption. Mean over the four pairs of views (nearest-neighbour supervision, section 3.3).
+    """Mean cross-entropy over the four pairs of an image view and a text view (nearest-neighbour supervision, section
+    3.3 of the DeCLIP paper). Each text of the whole batch has one neighbour, so a view has N of them. Each image view
+    has to pick its own text's neighbour among these.
 
-    image_views: unit rows [2, B, D]. neighbors: unit rows [2, B, D], one for each text view; they get no gradient.
-    logit_scale: the factor. Returns a scalar in at least fp32. The mean over ranks is the loss of the whole batch.
+    image_views: unit rows [2, B, D]. neighbors: unit rows [2, B, D], the neighbour of each text of each view; they get
+    no gradient. logit_scale: the factor. Returns a scalar in at least fp32. The mean over ranks is the loss of the
+    whole batch.
     """
     with torch.autocast(image_views.device.type, enabled=False):
         dtype = torch.promote_types(image_views.dtype, torch.float32)
         x, n = image_views.to(dtype), neighbors.detach().to(dtype)
-        n = gather(n.transpose(0, 1)).transpose(0, 1)  # [2, N, D]
+        n = gather(n.transpose(0, 1)).transpose(0, 1)  # [2, N, D]; gather joins ranks along dimension 0
         rank = dist.get_rank() if n.shape[1] > x.shape[1] else 0
-        labels = torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]
-        total = 0.  # of one direction only, as in the released code: captions are not asked for pictures
+        labels = torch.arange(x.shape[1], device=x.device) + rank * x.shape[1]  # columns of this rank's own texts
+        # Only one direction, as in the released code: pictures pick neighbours, but neighbours do not pick pictures.
+        total = 0.
         for k in (0, 1):
             for v in (0, 1):
                 total = total + F.cross_entropy(logit_scale * x[k] @ n[v].T, labels)  # [B, N]
@@ -145,51 +152,58 @@ def nearest_neighbor_loss(image_views, neighbors, logit_scale):
 
 
 class FeatureQueue(nn.Module):
-    """The unit rows that all ranks enqueued last, the same on each rank (section 3.3). It starts with random unit rows.
-    size: number of rows; dim: their length D.
+    """A queue of unit feature rows, in DeCLIP those of the latest captions of all ranks (section 3.3 of the DeCLIP
+    paper). It is the same on each rank and starts with random unit rows. size: number of rows; dim: their length D.
 
-    DDP must not see it. Inside a wrapped model its buffers would be broadcast each step, 134 MB for 65,536 rows of 512.
+    DDP must not see it: if it were a part of the wrapped model, DDP would broadcast its buffers at each step, 134 MB
+    for 65,536 rows of 512 numbers.
     """
 
     def __init__(self, size, dim):
         super().__init__()
         rows = torch.randn(size, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("rows", F.normalize(rows, dim=1))  # [size, D]
-        self.register_buffer("samples", torch.full((size,), -1))  # whose row it is; -1: nobody's
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # place of the oldest row, the next to go
+        self.register_buffer("samples", torch.full((size,), -1))  # place of each row's sample in the data set; -1: none
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # place of the oldest row, replaced next
 
     @torch.no_grad()
     def search(self, x):
-        """Places [n] in the queue of the rows that have the largest inner products with x [n, D]."""
+        """Places [n] in the queue of the rows that have the largest inner products with x [n, D]. Search before
+        enqueue(x), or x finds itself."""
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, self.rows.dtype)
             return (x.to(dtype) @ self.rows.to(dtype).T).argmax(1)
 
     def nearest(self, x):
-        """The rows [n, D] nearest to x [n, D], without gradient. Call it before enqueue(x)."""
+        """The rows [n, D] that search finds for x [n, D], without gradient."""
         return self.rows[self.search(x)]
 
     @torch.no_grad()
     def enqueue(self, x, samples=None, good=True):
-        """Replaces the oldest rows by the unit rows x [B, D] of all ranks. samples: the numbers of their samples, int64
-        [B]. good: bool, or a bool tensor on the device; if it is false, nothing changes."""
+        """Replaces the oldest rows by the unit rows x [B, D] of all ranks.
+
+        samples: for each row the number of its sample in the data set, int64 [B]. good: bool, or a bool tensor on the
+        device; if it is false, nothing changes. Ranks must agree on good, so that their queues stay equal.
+        """
         size, good = len(self.rows), torch.as_tensor(good, device=x.device)
         if samples is None:
             samples = self.samples.new_full((len(x),), -1)
-        # The released code has a queue for each rank, with that rank's captions, and loses it on a restart.
+        # In the released code each rank has a queue of its own captions only, and a restart loses the queues.
         x, samples = gather(x)[-size:], gather(samples)[-size:]
-        self.rows = self.rows.to(torch.promote_types(self.rows.dtype, x.dtype))  # float64 stays float64
-        # A batch that crosses the end goes on at the start; in the released code its rest is lost.
+        self.rows = self.rows.to(torch.promote_types(self.rows.dtype, x.dtype))  # float64 features are kept exactly
+        # At the end of the queue a batch goes on at the start. The released code drops the rows beyond the end.
         place = (self.pointer + torch.arange(len(x), device=x.device)) % size
+        # good is on the device: an if would make the host wait for it, so a bad step writes the old values again
         self.rows[place] = x.to(self.rows.dtype).where(good, self.rows[place])
         self.samples[place] = samples.where(good, self.samples[place])
-        self.pointer.add_(good * len(x)).remainder_(size)
+        self.pointer.copy_(((self.pointer + len(x)) % size).where(good, self.pointer))
 
 
 def simsiam_loss(p1, p2, z1, z2):
     """-1/2 [cos(p1, z2) + cos(p2, z1)], mean over rows, in [-1, 1] (Chen & He 2021, algorithm 1).
 
-    Predictions p and projections z of two views, all [B, d], not of unit norm. z gets no gradient. At least fp32.
+    p1, p2: predictions; z1, z2: projections, which get no gradient. All are [B, d] and need not have unit norm. Returns
+    a scalar in at least fp32.
     """
     with torch.autocast(p1.device.type, enabled=False):
         p1, p2, z1, z2 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (p1, p2, z1.detach(), z2.detach()))
@@ -199,15 +213,16 @@ def simsiam_loss(p1, p2, z1, z2):
 class SimSiam(nn.Module):
     """Projector and predictor (Chen & He 2021): image features x [B, D], not of unit norm -> p, z [B, hidden].
 
-    Call it once for each view: batch norm uses the statistics of one view, and those of this rank only, as in the
-    released code. So ssl is the one loss that is not the same for W ranks as for one process with the whole batch.
+    Call it once for each view. As in the released code, its batch norms take their statistics from one view on one
+    rank. So ssl depends on how many ranks a batch is split over. The other losses do so only through a ResNet's batch
+    norms.
     """
 
     def __init__(self, dim, hidden=1024, bottleneck=512):
         super().__init__()
-        # Sizes of the released prototype/model/declip.py. SimSiam's own are 2,048 wide, read the backbone's feature
-        # before CLIP's projection, end in a batch norm without scale and shift, and keep the predictor's learning rate
-        # constant.
+        # The sizes are those of the released prototype/model/declip.py. SimSiam's own differ: its heads are 2,048 wide;
+        # its projector reads the backbone's feature before any projection; its last batch norm has no scale and shift;
+        # and the learning rate of its predictor is constant.
         self.projector = nn.Sequential(
             nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
             nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
@@ -223,54 +238,66 @@ class SimSiam(nn.Module):
 
 def mask_tokens(tokens, eot, mask_id, vocab, p=.15, generator=None):
     """BERT's masking (Devlin et al. 2019, section 3.1). Each word is chosen with probability p. Of the chosen words
-    80 % become mask_id, 10 % become a random word, and 10 % stay.
+    80 % become the mask token, 10 % become a random word, and 10 % stay.
 
-    tokens [B, L]: start token, words, end token at the places eot [B], padding. Only words are chosen. vocab: number of
-    ids. Returns masked [B, L] and labels [B, L]: the original id where a word was chosen, else -100.
+    tokens [B, L]: start token, words, end token at the places eot [B], padding. Only words are chosen. mask_id: id of
+    the mask token. vocab: number of ids, the mask token's included. Returns masked [B, L] and labels [B, L]: the
+    original id where a word was chosen, else -100.
     """
-    choice, kind, word = torch.rand(3, *tokens.shape, device=tokens.device, generator=generator)
+    # for each token three random numbers: whether it is chosen, what it becomes, and which random word that would be
+    choice, kind, draw = torch.rand(3, *tokens.shape, device=tokens.device, generator=generator)
     place = torch.arange(tokens.shape[1], device=tokens.device)
+    # a mask token that the caption already has is no word
     chosen = (choice < p) & (place > 0) & (place < eot[:, None]) & (tokens != mask_id)
-    # Random words are ids below the start token, which is in column 0. The released code also draws the end token,
-    # and the text is then read at the wrong place.
+    # A random word is any id that is smaller than vocab, than mask_id and than the start token's id. The start token
+    # stands in column 0. The released code also draws the end token as a random word. It then takes that word for the
+    # end of the text.
     limit = tokens[:, :1].clamp(max=min(vocab, mask_id))
-    word = (word * limit).long()
+    word = (draw * limit).long()
     masked = torch.where(kind < .8, mask_id, torch.where(kind < .9, word, tokens))
     return masked.where(chosen, tokens), tokens.where(chosen, -100)
 
 
 def pack_labels(labels, length):
-    """The places of the masked words, so that the head reads no others: labels [B, L] of mask_tokens -> places [M] in
-    the flattened tokens [B, length], and targets [M]. length: that of the tokens, which may have been cut.
+    """Where the masked words are, so that the MLM head reads only these. labels [B, L] are those of mask_tokens.
+    Returns their places [M] in the flattened tokens [B, length], and their original ids as targets [M].
 
-    M is a multiple of B, so that there are few shapes. The padding is place 0 with the target -100, which mlm_loss
-    leaves out. Call it on the host: M depends on the values, so a device would have to be waited for.
+    length may be less than L, because the loader cuts tokens but not labels. M is the number of masked words rounded up
+    to a multiple of B. Therefore M takes few different values, and memory and compiled
+    code can be used again. The places added are 0
+    and their targets -100, which mlm_loss leaves out. Call it on the CPU: on a GPU the host would have to wait for M.
     """
     row, column = (labels != -100).nonzero(as_tuple=True)
-    padding = 0, -len(row) % len(labels)
+    padding = (0, -len(row) % len(labels))  # none in front, at the end up to the next multiple of B
     return F.pad(row * length + column, padding), F.pad(labels[row, column], padding, value=-100)
 
 
 def mlm_loss(logits, targets):
-    """Mean cross-entropy of logits [M, V] over the targets [M] of all ranks that are not -100; 0 if there are none. At
-    least fp32. The mean over ranks is the mean over all these targets, however unevenly the ranks hold them."""
+    """Mean cross-entropy of logits [M, V] for the targets [M]; targets of -100 do not count. Returns a scalar in at
+    least fp32, 0 if no target counts on any rank. The mean over ranks is the mean over the targets of all ranks,
+    however unevenly the ranks hold them."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # The released code takes the mean of each rank's mean, which is NaN on a rank without a masked word.
+        # The released code takes the mean of each rank and averages these means. The mean of a rank is NaN on a rank
+        # without a masked word.
         counts = gather((targets != -100).sum()[None])  # [W]
         return F.cross_entropy(logits, targets, reduction="sum") * len(counts) / counts.sum().clamp(min=1)
 
 
 def eda(caption, rng, synonyms=None):
-    """A caption with one change: two words are swapped; or each word is dropped with probability .1; or one word is
-    replaced by a synonym wherever it occurs. The three are equally likely. At least one word is left.
+    """The caption after one random change: swap two words, drop each word with probability .1, or replace one
+    word, at all its places, by the same synonym. The three are equally likely. At least one word is left. A change that
+    is not possible leaves the caption as it is.
 
     rng: random.Random. synonyms: {lower-case word: list of synonyms}; without it there are only the first two changes.
-    Source: EDA (Wei & Zou 2019), which also inserts words, and changes a tenth of the words instead of one.
+    Source: EDA (Wei & Zou 2019). There a fourth change inserts words, and swap and replacement change a tenth of the
+    words.
     """
-    # The released code takes synonyms from WordNet, with phrases and without stop words; our table has single words.
+    # The released code looks synonyms up in WordNet. Its synonyms may be phrases, and it never replaces stop words;
+    # ours are single words from a table.
     words = caption.split()
     change = rng.choice(("swap", "delete", "replace") if synonyms else ("swap", "delete"))
+    # each word once; not a set, whose order would differ from process to process
     known = [word for word in dict.fromkeys(map(str.lower, words)) if synonyms and word in synonyms]
     if change == "swap" and len(words) > 1:
         i, j = rng.sample(range(len(words)), 2)
@@ -287,7 +314,7 @@ def eda(caption, rng, synonyms=None):
 # encoders: OpenAI's towers under open_clip's parameter names
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU. Their weights need it; with plain GELU they load all the same and lose points."""
+    """OpenAI's approximation of GELU. OpenAI's weights need it; with plain GELU they load, but lose points."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -369,8 +396,8 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck. In both branches an average pool before a convolution of stride 1 takes the place of a
-    stride."""
+    """ResNet bottleneck. Where other ResNets have a convolution with a stride, both branches have an average pool and a
+    convolution of stride 1."""
 
     def __init__(self, inplanes, planes, stride=1):
         super().__init__()
@@ -381,7 +408,7 @@ class Bottleneck(nn.Module):
         self.avgpool = nn.AvgPool2d(stride)
         self.downsample = nn.Identity()
         if stride > 1 or inplanes != 4 * planes:
-            self.downsample = nn.Sequential(OrderedDict([
+            self.downsample = nn.Sequential(OrderedDict([  # under OpenAI's names
                 ("-1", nn.AvgPool2d(stride)),
                 ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)),
                 ("1", nn.BatchNorm2d(4 * planes))]))
@@ -394,8 +421,8 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """One attention step with heads of width 64. The query is the mean of the grid; keys and values are mean and
-    grid."""
+    """One attention step with heads of width 64. The only query is the mean of the grid's vectors; keys and values come
+    from this mean and from all vectors."""
 
     def __init__(self, grid, width, embed_dim):
         super().__init__()
@@ -416,11 +443,12 @@ class AttentionPool2d(nn.Module):
 
 @contextmanager
 def frozen_statistics(module):
-    """Inside the block, batch norms in training mode normalise as ever but leave their running statistics alone."""
+    """Inside the with statement, the module's batch norms normalise as in training, but do not update their running
+    statistics."""
     norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0., None  # add nothing to mean and variance, count no batch
+        norm.momentum, norm.num_batches_tracked = 0., None  # change no mean or variance, count no batch
     try:
         yield
     finally:
@@ -429,8 +457,8 @@ def frozen_statistics(module):
 
 
 def update_once(module):
-    """For torch.utils.checkpoint: the context in which a module with batch norms is computed in the forward pass, and
-    the one in which the backward pass computes it again."""
+    """context_fn of torch.utils.checkpoint for a module with batch norms. Returns two contexts: one for the forward
+    pass, and one for its repetition in the backward pass, which must not update the running statistics again."""
     return nullcontext(), frozen_statistics(module)
 
 
@@ -462,9 +490,8 @@ class ModifiedResNet(nn.Module):
         x = self.avgpool(self.bn3(self.conv3(x)).relu())
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                # torch.compile updates statistics once by itself, and takes no context_fn
-                contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(update_once, stage)}
-                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False,
+                               context_fn=partial(update_once, stage))
             else:
                 x = stage(x)
         return self.attnpool(x)
@@ -472,7 +499,7 @@ class ModifiedResNet(nn.Module):
 
 class CLIP(nn.Module):
     """The two towers and the scale. vision_layers: one number for a ViT, four (one a stage) for a ResNet."""
-    image_tower = VisionTransformer  # a method that changes the ViT names its own class here
+    image_tower = VisionTransformer  # a script with another ViT puts its class here
 
     def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width,
                  text_layers, quick_gelu=False):
@@ -488,8 +515,8 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log of s
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        # out_proj and c_proj write 2 * text_layers outputs into one sum, so they start smaller by the root of that
-        # number
+        # The outputs of out_proj and c_proj of all blocks, 2 * text_layers of them, add up in the residual stream. So
+        # these two start smaller by the square root of that number.
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
@@ -502,15 +529,16 @@ class CLIP(nn.Module):
 
     def text_tokens(self, tokens):
         """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. The tower is
-        causal: nothing after the end token matters, so the loader cuts batches after the longest caption."""
+        causal: what follows the end token does not change its feature. So the loader cuts a batch near the end of its
+        longest caption."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         return self.ln_final(self.transformer(x, causal=True))
 
     def encode_text(self, tokens, eot=None):
-        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: its places [B]; by default
-        the place of the largest id. Our tokenizer writes an end token at the end of a caption that it has to cut. The
-        released code of SLIP does not: the largest id of a long caption is then the start token, whose feature is the
-        same for all captions."""
+        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: positions [B] of the end
+        tokens. By default that is the position of the largest id, which is the end token unless a method adds an id. If
+        a caption is too long, our tokenizer puts the end token in the last place. The released code of SLIP only cuts.
+        Then the largest id is the start token, and its feature is the same for all long captions."""
         x = self.text_tokens(tokens)
         eot = tokens.argmax(-1) if eot is None else eot
         return x[torch.arange(len(x), device=x.device), eot] @ self.text_projection
@@ -523,7 +551,7 @@ class CLIP(nn.Module):
         return image_features, text_features, self.logit_scale.exp()
 
 
-MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 text layers where nothing else is said
+MODELS = {  # OpenAI's and open_clip's sizes, tiny ones ours; 224 pixels and 12 text layers if none are given
     "ViT-B-32": dict(embed_dim=512, patch_size=32, vision_width=768, vision_layers=12, text_width=512),
     "ViT-B-16": dict(embed_dim=512, patch_size=16, vision_width=768, vision_layers=12, text_width=512),
     "ViT-S-16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_layers=12, text_width=384),
@@ -537,12 +565,12 @@ MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 t
 
 def build(source, cls=CLIP, **overrides):
     """A model of class cls. source is a name in MODELS for a new model, or a state dict, whose shapes say the sizes.
-    overrides: keyword arguments of cls that replace or complete the sizes. A state dict does not tell quick_gelu."""
+    overrides: keyword arguments of cls that replace or complete the sizes, such as quick_gelu, which no shape says."""
     if isinstance(source, str):
         sizes = {"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source]}
         return cls(**{**sizes, **overrides})
 
-    def depth(prefix):
+    def depth(prefix):  # how many modules a list has
         return len({key[len(prefix):].split(".")[0] for key in source if key.startswith(prefix)})
 
     conv, positions = source["visual.conv1.weight"], source["positional_embedding"]
@@ -571,18 +599,22 @@ class DeCLIP(CLIP):
         self.simsiam = SimSiam(sizes["embed_dim"]) if ssl else None
         self.mlm_head = nn.Linear(sizes["text_width"], sizes["vocab"]) if mlm else None  # not tied to the embedding
         if isinstance(self.visual, VisionTransformer):
-            # The patch embedding stays random, as in the released code. MoCo v3 found this more stable.
+            # The patch embedding is not trained, as in the released code. MoCo v3 found that training is then more
+            # stable.
             self.visual.conv1.requires_grad_(False)
-        # s = 20.1. The released code starts at 14.3 and moves s to at least 20.1 after the first step.
+        # This is s = e^3 = 20.1. The released code starts at 14.3 and raises s to 20.1 in the first step.
         nn.init.constant_(self.logit_scale, 3.)
 
     def forward(self, images, tokens, eot, places=None):
-        """images [2, B, 3, S, S], tokens [2, B, L] (masked, edited), eot [2, B] (the end tokens' places), places [M] of
-        masked words in the flattened masked tokens [B, L] -> unit image_views [2, B, D], unit text_views [2, B, D], the
-        factor s, the four arguments of simsiam_loss, logits [M, V]. The last two are None without their head."""
+        """images [2, B, 3, S, S]: both crops. tokens [2, B, L]: masked texts, then edited texts. eot [2, B]: the places
+        of their end tokens. places [M]: those of masked words in the flattened masked texts [B, L].
+
+        Returns unit image_views [2, B, D], unit text_views [2, B, D], the factor s, the arguments p1, p2, z1, z2 of
+        simsiam_loss (None without the ssl head), and logits [M, V] of the masked words (None without the mlm head).
+        """
         if isinstance(self.visual, VisionTransformer):
             x = self.encode_image(images.flatten(0, 1)).unflatten(0, (2, -1))  # [2, B, D]
-        else:  # one view at a time, because batch norm would mix them
+        else:  # one view at a time, because batch norm would mix their statistics
             x = torch.stack([self.encode_image(view) for view in images])
         hidden = self.text_tokens(tokens.flatten(0, 1))  # [2B, L, C]
         y = hidden[torch.arange(len(hidden), device=hidden.device), eot.flatten()] @ self.text_projection
@@ -594,26 +626,32 @@ class DeCLIP(CLIP):
             (p1, z1), (p2, z2) = self.simsiam(x[0]), self.simsiam(x[1])
             siamese = p1, p2, z1, z2
         if self.mlm_head:
-            # The tower is causal, so a masked word is guessed from the words to its left, as in the released code. That
-            # code computes logits at all 77 places, a quarter of CLIP's FLOPs; the loss reads only these.
-            logits = self.mlm_head(hidden[:tokens.shape[1]].flatten(0, 1)[places])
+            # As in the released code, the tower is causal: a masked word is guessed from the words to its left. The
+            # released code computes logits at all 77 places, for a quarter of CLIP's FLOPs, but its loss reads only
+            # those of masked words.
+            masked, _ = hidden.chunk(2)  # [B, L, C]; the second half are the edited texts
+            logits = self.mlm_head(masked.flatten(0, 1)[places])
         return image_views, text_views, self.logit_scale.exp(), siamese, logits
 
 
 # views and picture
 
-AUGMENT = {  # range of the share of a picture's area that a crop keeps, and the arguments of data.color_params: jitter
-    # holds a probability and the ranges of brightness, contrast, saturation and hue; the others are probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip has (.9, 1); none changes colours
+AUGMENT = {  # Two entries for each method: how much of a picture's area a crop keeps (a range), and arguments of
+    # data.color_params. jitter holds a probability and the ranges of brightness, contrast, saturation and hue. The
+    # other arguments are probabilities.
+    "clip": ((.5, 1.), dict()),  # as in SLIP's and DeCLIP's baselines; open_clip has (.9, 1.), and no colours either
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2's
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
-    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # a flip hinders mapping
+    # SLIP changes only the two crops that SimCLR compares
+    "slip": ((.08, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),
+    # no flip, so that a place in one crop is found in another by shift and scale
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),
 }
 
 
 def read_synonyms(path):
-    """{lower-case word: list of synonyms} of a text file with lines word<TAB>synonym,synonym. SystemExit if a line is
-    different. tests/RESULTS.md says how to make such a file from WordNet."""
+    """Reads a text file with lines word<TAB>synonym,synonym. Returns {lower-case word: list of synonyms}. SystemExit if
+    a line has another form. tests/RESULTS.md says how to make such a file from WordNet."""
     table = {}
     for number, line in enumerate(data.read_lines(path, "--synonyms"), 1):
         word, _, rest = line.partition("\t")
@@ -626,15 +664,17 @@ def read_synonyms(path):
 
 
 def declip_views(image, caption, rng, tokenizer, size, augment, p, synonyms):
-    """One sample, made in a worker: image bytes and a caption -> dict of images, two crops, uint8 [2, 3, S, S]; colors
-    [2, 8], their colour parameters (where the augmentation changes colours); tokens [2, L] of the masked and the edited
-    caption; eot [2], the places of their end tokens; labels [L] of the masked words. p: share of words to mask."""
+    """One sample, made in a worker from image bytes and a caption. Returns a dict: "images" are two crops, uint8 [2, 3,
+    S, S]; "colors" [2, 8] are their colour parameters, if the augmentation changes colours; "tokens" [2, L] are the
+    masked and the edited text; "eot" [2] are the places of their end tokens; "labels" [L] are the original ids of the
+    masked words, -100 elsewhere. rng: random.Random. p: share of words to mask. synonyms: table of eda."""
     area, colors = AUGMENT[augment]
     tokens = tokenizer([caption, eda(caption, rng, synonyms)])
     eot = tokens.argmax(-1)  # found before masking, because the mask token has the largest id
-    # The paper contrasts the clean caption with the picture; its released code, and we, the masked one.
-    masked, labels = mask_tokens(tokens[:1], eot[:1], tokenizer.vocab_size, tokenizer.sot, p,
-                                 torch.Generator().manual_seed(rng.getrandbits(63)))
+    # In the paper the masked text is only for mlm, and the clean caption is matched with pictures. In the released code
+    # and here the masked text serves both purposes. The mask token's id comes after all ids of the tokenizer.
+    masked, labels = mask_tokens(tokens[:1], eot[:1], mask_id=tokenizer.vocab_size, vocab=tokenizer.vocab_size + 1, p=p,
+                                 generator=torch.Generator().manual_seed(rng.getrandbits(63)))
     sample = {"images": data.random_resized_crops(image, size, area, rng, 2),
               "tokens": torch.cat([masked, tokens[1:]]), "eot": eot, "labels": labels[0]}
     if colors:
@@ -643,22 +683,23 @@ def declip_views(image, caption, rng, tokenizer, size, augment, p, synonyms):
 
 
 def declip_collate(samples):
-    """data.collate, but with the places [M] and targets [M] of pack_labels instead of the labels [B, L]."""
+    """data.collate, except that "places" [M] and "targets" [M] of pack_labels take the place of "labels" [B, L]."""
     batch = data.collate(samples)
     batch["places"], batch["targets"] = pack_labels(batch.pop("labels"), batch["tokens"].shape[-1])
     return batch
 
 
 def neighbor_picture(path, model, tokenizer, dataset, queue, count=8):
-    """Writes both crops of a few samples, the masked caption under the first and the edited one under the second. After
-    "->" follows the caption whose row in the queue is nearest: what nearest_neighbor_loss makes both crops match."""
+    """Writes a picture to path: both crops of a few samples, the masked text under the first crop and the edited text
+    under the second. After "->" stands the caption of the text's nearest row in the queue. nearest_neighbor_loss makes
+    both crops match the nearest rows of both texts."""
     device = model.logit_scale.device
     places = range(0, len(dataset), max(1, len(dataset) // count))[:count]
     batch = data.collate([dataset[i, 0] for i in places])
     images, tokens, eot = (batch[name].to(device).flatten(0, 1) for name in ("images", "tokens", "eot"))
     if "colors" in batch:
         images = (data.augment(images, batch["colors"].to(device).flatten(0, 1)) * 255).byte()
-    blank = tokenizer.encode("_")[0]  # shown for the mask token, which the tokenizer does not know
+    blank = tokenizer.encode("_")[0]  # shown in place of the mask token, which the tokenizer does not know
     lines = []
     for row, end in zip(tokens.tolist(), eot.tolist()):
         lines.append(tokenizer.decode([i if i < tokenizer.vocab_size else blank for i in row[1:end]]))
@@ -666,27 +707,30 @@ def neighbor_picture(path, model, tokenizer, dataset, queue, count=8):
         with torch.inference_mode():
             text_features = F.normalize(model.encode_text(tokens, eot).float(), dim=-1)
             found = queue.samples[queue.search(text_features)].tolist()
-        for n, (i, own) in enumerate(zip(found, batch["index"].repeat_interleave(2).tolist())):
+        own_samples = batch["index"].repeat_interleave(2).tolist()  # each sample has two texts
+        for n, (i, own) in enumerate(zip(found, own_samples)):
             neighbor = dataset.captions(i)[0] if i >= 0 else "a random row"
             lines[n] += f"\n-> {neighbor}" + (" (its own)" if i == own else "")
     data.grid(list(images), lines, path)
 
 
 RECIPES = {  # batch size of all ranks together, warm-up in steps; percentages are zero-shot ImageNet
-    # toy and small are ours. toy does not change colours, because its captions name them. With clip.py's rate it
-    # memorises the pairs.
+    # toy and small are ours. toy does not change colours, because its captions name them. Its learning rate
+    # is half of clip.py's, with which declip.py memorises the pairs.
     "toy": dict(
         model="tiny", batch_size=128, epochs=48, lr=5e-4, warmup=50, weight_decay=.1, augment="clip",
         eval="toy-tune,toy", eval_every=6),
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="declip"),
-    # The optimizer's values are clip.py's, so that the two compare. 32 epochs are those of the paper's ablation (RN50,
-    # from CLIP's 20.6 % to 27.2 %). Its batch size and other values are not published.
+    # Batch size and the optimizer's values are clip.py's, so that the two scripts can be compared. Model and epochs are
+    # those of the paper's ablation on CC3M, in which CLIP has 20.6 % and DeCLIP 27.2 %. We found no other value of that
+    # ablation.
     "cc3m": dict(model="RN50", batch_size=1024, epochs=32, lr=1e-3, warmup=2000, weight_decay=.1, augment="declip"),
-    # The authors do not train on cc12m: these are the values of yfcc15m.
+    # The authors publish no run on only CC12M. These are the values of yfcc15m with 32 epochs instead of 34.
     "cc12m": dict(
         model="ViT-B-32", batch_size=4096, epochs=32, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),
-    # All values are released: 43.2 % with ViT-B-32, 44.4 % with RN50, in fp32, 128,001 steps, which are 34 epochs and
-    # are called 32. On 88 M pairs the paper has batch 10,240, SGD for RN50 and for the text tower, AdamW for the ViT.
+    # All values are those of the released configurations, which reach 43.2 % with ViT-B-32 and 44.4 % with RN50. They
+    # train in fp32 for 128,001 steps. These are 34 epochs, though the authors call them 32. On 88 M pairs the paper has
+    # a batch of 10,240. There AdamW trains the ViT, and SGD trains RN50 and the text towers.
     "yfcc15m": dict(
         model="ViT-B-32", batch_size=4096, epochs=34, lr=1e-3, warmup=2500, weight_decay=.1, augment="declip"),
 }
@@ -698,18 +742,19 @@ def main(argv=None):
 
     # data
     dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
-    steps = fill_in(args, dataset, world, device)  # of an epoch
+    steps = fill_in(args, dataset, world, device)  # steps of an epoch
     total = steps * args.epochs
     args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
     if args.w_ssl and args.batch_size < 2 * world:
         raise SystemExit("--batch-size must be at least 2 a rank, because SimSiam's batch norm needs two rows; or give "
                          "--w-ssl 0")
-    args.queue = min(args.queue, max(1, len(dataset) // 2))  # a longer one would hold each caption many times
+    # a longer queue would still hold captions of the batch from the epoch before
+    args.queue = min(args.queue, max(1, len(dataset) // 2))
     synonyms = read_synonyms(args.synonyms) if args.synonyms else None
     tokenizer = data.find_tokenizer(args.bpe, args.data, args.data_root)
     preprocess = data.Preprocess(args.image_size)
     dataset.transform = partial(declip_views, tokenizer=tokenizer, size=args.image_size, augment=args.augment,
-                                p=.15 if args.w_mlm else 0., synonyms=synonyms)
+                                p=.15 if args.w_mlm else 0., synonyms=synonyms)  # without mlm no word is masked
     batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
     loader = data.loader(dataset, batches, args.workers, device)
     loader.collate_fn = declip_collate
@@ -725,7 +770,8 @@ def main(argv=None):
     if args.init and not saved:
         state = evaluator.load_clip_state(args.init, args.quick_gelu, about["merges"])
         table = state["token_embedding.weight"]
-        state["token_embedding.weight"] = torch.cat([table, table.mean(0, keepdim=True)])  # the mask token starts there
+        # the mask token, which is not in the file, starts as the mean of all other tokens
+        state["token_embedding.weight"] = torch.cat([table, table.mean(0, keepdim=True)])
         load_towers(model, state, args)
     for module in model.modules():
         if hasattr(module, "checkpoint_activations"):
@@ -733,8 +779,7 @@ def main(argv=None):
     if isinstance(model.visual, ModifiedResNet):
         model.visual.to(memory_format=torch.channels_last)
     # OpenAI's values for ViTs, here for all towers; for ResNets OpenAI has betas (.9, .999) and eps 1e-8
-    optimizer = torch.optim.AdamW(
-        param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, (.9, .98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     meter = Meter(args.out, args.batch_size, device)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)  # what is saved
@@ -749,11 +794,11 @@ def main(argv=None):
     running = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # statistics of batch norms
     augment = torch.compile(data.augment) if args.compile else data.augment
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at its buckets
         model.compile()
     parallel = model if world == 1 else DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    # bf16 has fp32's range and needs no loss scaling; fp16 does, and large ViTs have diverged in it
+    # bf16 has the range of fp32. fp16 does not, so it needs a GradScaler, and large ViTs have diverged in it.
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     if rank == 0:
         start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
@@ -768,7 +813,7 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """Tests the model after an epoch whose tests are due, or at the start of a run that was killed before them."""
+        """Tests the model if tests are due after this epoch and were not made before the run was killed."""
         nonlocal tested, best
         due = step % steps == 0 and (step // steps % args.eval_every == 0 or step == total)
         if not due or step == tested:
@@ -780,8 +825,8 @@ def main(argv=None):
             tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
-        scores = [result[result["metric"]] for result in results.values()]
-        if scores and scores[0] > best:  # by the first test
+        scores = [result[result["metric"]] for result in results.values()]  # each test names its usual metric
+        if scores and scores[0] > best:  # the first test decides
             best = scores[0]
             save("best.pt")
         save("last.pt")
@@ -801,18 +846,18 @@ def main(argv=None):
                 if "colors" in batch:
                     colors = batch["colors"].to(device, non_blocking=True).transpose(0, 1)
                     images = augment(images.flatten(0, 1), colors.flatten(0, 1)).unflatten(0, (2, -1))
-                statistics = torch.cat(running) if running else None
+                statistics = torch.cat(running) if running else None  # put back if the gradient is not finite
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     image_views, text_views, logit_scale, siamese, logits = parallel(
                         preprocess.normalize(images), tokens, eot, places)
                 clip = multi_view_clip_loss(image_views, text_views, logit_scale)
                 nns = ssl = mlm = own = torch.zeros((), device=device)
                 if args.w_nns:
-                    found = queue.search(text_views.flatten(0, 1))  # [2B]
+                    found = queue.search(text_views.flatten(0, 1))  # [2B]; also for the log's own_neighbors
                     neighbors = queue.rows[found].unflatten(0, (2, -1))  # [2, B, D]
                     nns = nearest_neighbor_loss(image_views, neighbors, logit_scale)
-                    # The share of captions that find their own row of an earlier epoch, from which nothing new is
-                    # learned. If it grows, take a smaller --queue.
+                    # The share of texts whose nearest row is that of their own caption, from an earlier epoch. Such a
+                    # row says nothing new about the picture. If the share grows, take a smaller --queue.
                     own = (queue.samples[found] == index.repeat(2)).float().mean()
                 if args.w_ssl:
                     ssl = simsiam_loss(*siamese)
@@ -821,46 +866,50 @@ def main(argv=None):
                 loss = args.w_clip * clip + args.w_nns * nns + args.w_ssl * ssl + args.w_mlm * mlm
                 losses = {"loss": loss, "clip": clip, "nns": nns, "ssl": ssl, "mlm": mlm, "own_neighbors": own}
 
-                # the step; if the gradient is not finite, weights and states stay as they are. DDP has averaged it, so
-                # all ranks agree.
+                # the step. If the gradient is not finite, the step is bad: weights, moments and statistics stay as they
+                # are. DDP has averaged the gradient, so all ranks agree on that.
+                lr = lr_at(step, total, args.warmup, args.lr, start=args.lr / 10)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, total, args.warmup, args.lr, start=args.lr / 10)
+                    group["lr"] = lr
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 good = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite()
-                optimizer.found_inf = 1 - good.float()  # fused AdamW skips the step if it is 1, and the host never asks
+                # Fused AdamW skips the step, on the device, if found_inf is 1. GradScaler uses this for overflows of
+                # fp16; here it stands for any bad step.
+                optimizer.found_inf = 1 - good.float()
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
                     if running:
                         kept = torch.cat(running).where(good, statistics)
                         torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
-                    # The released code has [3, 6]. Where s > 100, its loss is that of s = 100, but its gradient is not.
-                    model.logit_scale.clamp_(3, math.log(100))  # a clamped exp would get no gradient
+                    # The released code lets logit_scale grow to 6, that is s = 403. Above s = 100 it clips s in its
+                    # loss, but not in the gradient of logit_scale.
+                    model.logit_scale.clamp_(3, math.log(100))  # a clamp in the forward pass would stop the gradient
                 if args.w_nns:
                     for view in (1, 0):  # edited, then masked captions, as in the released code
                         queue.enqueue(text_views[view], index, good)
                 step += 1
 
-                # meter.row waits for the device, nothing else in the loop does; several ranks can only stop here
-                # together
+                # meter.row makes the host wait for the device, so it is not called in every step. After SIGTERM one
+                # process stops at once. Several ranks tell each other in meter.row, so they stop at the next log line.
                 meter.add(good, losses)
                 if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                     row, stopped = meter.row(step, stop)
                     if rank == 0:
-                        row |= dict(lr=group["lr"], logit_scale=logit_scale.item())
+                        row |= dict(lr=lr, logit_scale=logit_scale.item())
                         write_log(args.out, step=step, epoch=epoch, **row)
                     bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}, {row['pairs_per_second']:.0f} pairs/s")
                     bar.update(step - bar.n)
                     if stopped:
                         save("last.pt")
                         leave(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
-                if step % 1000 == 0 and step % steps:
+                if step % 1000 == 0 and step % steps:  # a multiple of steps is saved below
                     save("last.pt")
             save("last.pt")  # before the tests, which take their time
             evaluate()
-            meter.clear(step)
+            meter.clear(step)  # the time of the tests does not count
     bar.close()
     if rank == 0:
         print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
@@ -871,7 +920,7 @@ def main(argv=None):
 # the run: flags, schedule, parameter groups, resume, log, checkpoints, process group
 
 def positive(text):
-    """argparse's type for the whole numbers from 1."""
+    """A whole number of at least 1, as a type for argparse."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -884,46 +933,48 @@ def parse_args(argv=None):
     add("--data", default="toy",
         help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
     add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default: $CLIP_DATA or ./datasets)")
-    add("--recipe", choices=RECIPES, help="default: the name of --data; else small (under 100,000 pairs) or cc3m")
+    add("--recipe", choices=RECIPES, help="default: the one named as --data; else small (under 100,000 pairs) or cc3m")
     add("--model", choices=MODELS)
     add("--image-size", type=positive, help="side of the pictures in pixels (default: the model's)")
-    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that know it")
+    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights trained with it")
     add("--batch-size", type=positive, help="pairs a step, all ranks together")
     add("--epochs", type=positive)
     add("--lr", type=float)
-    add("--warmup", type=int, help="steps")
+    add("--warmup", type=int, help="steps in which the learning rate rises")
     add("--weight-decay", type=float)
     add("--augment", choices=AUGMENT, help="the image augmentation of that method")
     add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 or else fp16 on a GPU, off on a CPU")
-    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is the best by the first")
-    add("--eval-every", type=positive, help="epochs (default: 1)")
+    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is chosen by the first")
+    add("--eval-every", type=positive, help="epochs from test to test (default: 1)")
     add("--init", help="start from these weights: a checkpoint of ours, OpenAI's or open_clip's")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpoint-activations", action="store_true", help="towers keep less and compute a third more")
-    add("--workers", type=int, help="processes a rank that read data (default: its share of the cores; none for toy)")
+    add("--compile", action="store_true", help="torch.compile the model and the augmentation")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more computation in the towers")
+    add("--workers", type=int,
+        help="processes that read data for each rank (default: its share of the cores, at most 12; toy on a CPU: none)")
     add("--seed", type=int, default=0)
     add("--limit", type=positive, help="only the first N pairs")
-    add("--subset", help="only pairs whose keys are in this file, one a line; after a tab, another caption")
-    add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
-    add("--log-every", type=positive, default=20, help="steps")
+    add("--subset", help="only pairs whose keys are in this file, one a line; a caption after a tab replaces their own")
+    add("--bpe", help="merges of the tokenizer: a file, or train, which learns them from the captions (default: train "
+        "for toy, else $CLIP_BPE or OpenAI's)")
+    add("--log-every", type=positive, default=20, help="steps from log line to log line")
     add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("DeCLIP").add_argument
-    # These are the weights of the released code, where each of the four pairs has .1. The paper's sum has .4 for the
-    # pair of the originals and .2 for the other three pairs together.
-    add("--w-clip", type=float, default=.4, help="weight of clip, the contrast of all views (default: %(default)s)")
-    add("--w-nns", type=float, default=.2, help="of the nearest neighbours; 0 leaves a loss out (default: %(default)s)")
-    add("--w-ssl", type=float, default=.2, help="of SimSiam (default: %(default)s)")
-    add("--w-mlm", type=float, default=.2, help="of the masked words (default: %(default)s)")
+    # These are the weights of the released code: .4 for the mean of four pairs of views is .1 for each. In the paper
+    # the pair of the original picture and the original caption has .4, and the other three pairs have .2 together.
+    add("--w-clip", type=float, default=.4, help="weight of clip, over all pairs of views (default: %(default)s)")
+    add("--w-nns", type=float, default=.2, help="weight of nns, the nearest neighbours; 0: off (default: %(default)s)")
+    add("--w-ssl", type=float, default=.2, help="weight of ssl, SimSiam; 0: off (default: %(default)s)")
+    add("--w-mlm", type=float, default=.2, help="weight of mlm, the masked words; 0: off (default: %(default)s)")
     add("--queue", type=positive, default=65536,
-        help="rows of the queue, two a pair, at most half as many as pairs (default: %(default)s, 8 batches of 4,096)")
+        help="rows of the queue, two for each pair; cut to half the number of pairs (default: %(default)s)")
     add("--synonyms", help="file of lines word<TAB>synonym,synonym for the edited captions (default: none is replaced)")
     return parser.parse_args(argv)
 
 
 def fill_in(args, dataset, world, device):
-    """Gives every flag that was not given its value, from the recipe, the model and the machine. Returns the steps of
-    an epoch. SystemExit where the values do not fit together."""
+    """Sets each flag that the command line left open, by the recipe, the data and the machine. Returns the number of
+    steps in an epoch. SystemExit if the values do not fit together."""
     if not args.recipe and args.data in RECIPES:
         args.recipe = args.data
     elif not args.recipe and isinstance(dataset, data.ToyDataset):
@@ -950,15 +1001,18 @@ def fill_in(args, dataset, world, device):
         raise SystemExit(
             f"{len(dataset)} pairs make {steps * args.epochs} steps in {args.epochs} epochs of batches of "
             f"{args.batch_size}: too few for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+    if args.compile and args.checkpoint_activations and MODELS[args.model]["patch_size"] is None:
+        raise SystemExit("--checkpoint-activations of a ResNet does not go with --compile, because torch.compile knows "
+                         "no context_fn: leave one of them out")
     for test in args.eval.split(",") if args.eval else ():
-        evaluator.open_test(test, root=args.data_root)  # a wrong name should not cost an epoch
+        evaluator.open_test(test, root=args.data_root)  # so that a wrong name is found now, not after an epoch
     return steps
 
 
 def lr_at(step, total, warmup, lr, start=0., end=0.):
-    """Learning rate of step 0 .. total-1: a line up to lr over the warmup steps, then half a cosine down to end. With
-    start 0 the first step has lr / warmup, as in open_clip. With start > 0 the line begins at start and reaches lr in
-    the last warm-up step, as in SLIP and DeCLIP."""
+    """Learning rate of a step; the first step is 0, the last total - 1. It rises on a straight line and is lr in the
+    last warm-up step. Then it falls along half a cosine towards end. If start is 0, step 0 has lr / warmup,
+    as in open_clip. If start is above 0, step 0 has start, as in SLIP and DeCLIP."""
     if step < warmup and start:
         return start + (lr - start) * (step / max(1, warmup - 1))
     if step < warmup:
@@ -967,8 +1021,9 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters. Matrices decay, the token table and positions too (newer open_clip
-    spares positions). Vectors and scalars do not, nor do names that start with one of no_decay."""
+    """The trainable parameters in two groups for AdamW. The first has weight decay: all parameters of two or more
+    dimensions, the token table and positions included (newer open_clip does not decay positions). The second has none:
+    vectors and scalars, and parameters whose name starts with one of no_decay."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.ndim >= 2 and not name.startswith(tuple(no_decay)):
@@ -979,7 +1034,7 @@ def param_groups(model, weight_decay, no_decay=()):
 
 
 def load_towers(model, state, args):
-    """Loads state, the weights of two towers, into a model that may have other parts too. SystemExit if shapes
+    """Loads state, the weights of two towers, into a model that may have other parts too. SystemExit if names or shapes
     differ."""
     own = {key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in evaluator.ENCODERS}
     if {key: value.shape for key, value in state.items()} != own:
@@ -989,7 +1044,7 @@ def load_towers(model, state, args):
 
 
 def describe(args, dataset, tokenizer, preprocess, sizes):
-    """What a checkpoint says beside its states: enough to use the model, and to know whether a run may go on from
+    """What a checkpoint holds beside the states: enough to use the model, and to know whether a run may go on from
     it."""
     merges = "\n".join(map(" ".join, tokenizer.merges))
     return dict(script=Path(__file__).stem, flags=vars(args), data=data.fingerprint(dataset), sizes=sizes,
@@ -998,15 +1053,19 @@ def describe(args, dataset, tokenizer, preprocess, sizes):
 
 def find_run(args, about, device):
     """The checkpoint in --out from which this run goes on, or None. about: what describe returns. SystemExit if the
-    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints."""
+    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints or
+    data."""
     path, saved = Path(args.out, "last.pt"), None
-    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts the same command again
+    # After a crash torchrun starts the same command again. A --restart in it was meant for the first start only.
+    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if path.exists() and (crashed or not args.restart):
         saved = load_checkpoint(path)
-        # Data and merges are compared below, by content. A recipe only gives values to flags, which are compared.
-        free = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
-        changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})"
-                   for name, value in vars(args).items() if name not in free and value != saved["flags"].get(name)]
+        # Flags that may differ. Pairs and merges may have another name or place, because their content is compared
+        # below. A recipe only sets other flags, and these are compared.
+        may_differ = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
+        before = saved["flags"]
+        changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})"
+                   for name, value in vars(args).items() if name not in may_differ and value != before.get(name)]
         for name, what in (("data", "other pairs"), ("merges", "other merges of the tokenizer")):
             if saved[name] != about[name]:
                 changed.append(what)
@@ -1015,7 +1074,7 @@ def find_run(args, about, device):
                 f"{args.out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; "
                 "give the same ones to resume it, another --out, or --restart to begin anew")
     step, tested = (saved["step"], saved["tested"]) if saved else (0, 0)
-    fingerprint = int(about["data"][:12], 16)  # its first hexadecimal digits
+    fingerprint = int(about["data"][:12], 16)  # the first 12 hexadecimal digits fit into int64
     everywhere = gather(torch.tensor([[step, tested, fingerprint]], device=device))  # [W, 3]
     if (everywhere != everywhere[0]).any():
         raise SystemExit(f"ranks disagree on (step, tested step, data): {everywhere.tolist()}; --out and --data must "
@@ -1025,8 +1084,8 @@ def find_run(args, about, device):
 
 def start_log(args, saved, dataset, model, plan):
     """Rank 0 calls it before the first step. It makes the folder --out. With --restart it deletes the checkpoints of an
-    earlier run. If this run resumes, it cuts the log back to the checkpoint. Then it prints all values in force, and
-    the text plan. SystemExit if --out cannot be written."""
+    earlier run. If this run resumes, it cuts the log back to the checkpoint. Then it prints all values in force, the
+    sizes of data and model, and plan, a text. SystemExit if --out cannot be written."""
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -1035,7 +1094,8 @@ def start_log(args, saved, dataset, model, plan):
             (out / "last.pt").unlink(missing_ok=True)
             (out / "best.pt").unlink(missing_ok=True)
         if saved and (out / "log.jsonl").exists():
-            # rows of tests up to the last step that was tested, other rows up to the last step that was saved
+            # Keep rows of tests up to the step that was tested last, other rows up to the step of the checkpoint. A row
+            # that a kill cut short goes too.
             rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
             rows = [row for row in rows if row.endswith("}\n") and
                     json.loads(row).get("step", 0) <= (saved["tested"] if '"eval"' in row else saved["step"])]
@@ -1059,12 +1119,14 @@ def write_log(out, **row):
 
 
 class Meter:
-    """What happens between two log lines. Losses are summed on the device, so that no step waits for the host. failed
-    is the number of pictures replaced since the run began, bad the number of steps whose gradient was not finite."""
+    """Adds up what happens between two log lines. Losses are summed on the device, so that the host need not wait for
+    the device in each step. Two
+    numbers count from the start of the run. failed counts unreadable pictures, which the loader replaced by others. bad
+    counts steps whose gradient was not finite."""
 
     def __init__(self, out, batch_size, device):
         self.out, self.batch_size, self.device, self.failed, self.bad = out, batch_size, device, 0, 0
-        self.streak = torch.zeros((), device=device)  # bad steps, one after the other
+        self.streak = torch.zeros((), device=device)  # number of bad steps in a row, up to now
         self.clear(0)
 
     def state_dict(self):
@@ -1075,10 +1137,11 @@ class Meter:
 
     def clear(self, step):
         """Begins a new line after this step."""
-        self.step, self.sums, self.skipped, self.waited, self.start = step, 0, 0, 0., time.perf_counter()
+        self.step, self.start = step, time.perf_counter()
+        self.sums, self.skipped, self.waited = 0, 0, 0.
 
     def watch(self, loader):
-        """Iterates over the loader; counts the seconds that it is waited for and the pictures that it replaced."""
+        """Iterates over the loader. Adds up the seconds spent waiting for it, and the pictures that it replaced."""
         tick = time.perf_counter()
         for batch in loader:
             self.waited += time.perf_counter() - tick
@@ -1087,29 +1150,31 @@ class Meter:
             tick = time.perf_counter()
 
     def add(self, good, losses):
-        """One step. good: bool tensor []; losses: {name: scalar tensor}, of which bad steps are left out."""
+        """Adds one step. good: bool tensor []; losses: {name: scalar tensor}. The losses of a bad step do not count."""
         self.names = list(losses)
         self.streak = (self.streak + 1).where(~good, 0)
         row = torch.stack([good, *losses.values()]).detach()  # its first number is 1 if the step was good
         self.sums = self.sums + row.where(good, 0)
 
     def row(self, step, stop):
-        """The log line over all ranks, as a dict, and whether any rank was told to stop; begins a new line. SystemExit
-        if too many pictures fail or 20 steps in a row were bad."""
+        """Returns the log line of all ranks, a dict, and whether any rank was told to stop. A loss is its mean over the
+        good steps, or None if all were bad. Begins a new line. SystemExit if too many pictures failed or 20 steps in a
+        row were bad."""
+        # of each rank: number of good steps, sum of each loss over them, streak, skipped, waited, signals to stop
         here = self.sums.new_tensor([self.skipped, self.waited, len(stop)])
         everywhere = gather(torch.cat([self.sums, self.streak[None], here])[None])  # [W, columns]
-        columns = everywhere.mean(0).tolist()
-        fine, means = columns[0], columns[1:-4]  # number of good steps, sum of each loss over them
+        columns = everywhere.mean(0).tolist()  # means over the ranks
+        good_steps, sums = columns[0], columns[1:-4]
         streak, skipped, waited, stopped = columns[-4:]
         count, seconds = step - self.step, time.perf_counter() - self.start
         self.failed += round(skipped * len(everywhere))
-        self.bad += round(count - fine)
+        self.bad += round(count - good_steps)
         data.check_skipped(self.failed, step * self.batch_size)
         if streak >= 20:
             last = Path(self.out, "last.pt")
             raise SystemExit("20 steps in a row without a finite gradient; "
                              f"the last good weights are in {last if last.exists() else 'no file yet'}")
-        row = {name: mean / fine if fine else None for name, mean in zip(self.names, means)}
+        row = {name: total / good_steps if good_steps else None for name, total in zip(self.names, sums)}
         row |= dict(pairs_per_second=count * self.batch_size / seconds, waited=waited)
         row |= dict(skipped=self.failed, bad_steps=self.bad)
         if self.device.type == "cuda":
@@ -1119,12 +1184,12 @@ class Meter:
 
 
 def save_checkpoint(path, **state):
-    """Writes state (tensors and plain Python values only) and renames, so that a kill leaves the old file or the
-    new."""
+    """Writes state (tensors and plain Python values only) to a temporary file, then renames that to path. So a kill
+    leaves the old file or the new one. SystemExit if it cannot be written."""
     try:
         torch.save(state, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         Path(f"{path}.tmp").unlink(missing_ok=True)
         raise SystemExit(f"{path} cannot be written: {error}") from None
 
@@ -1155,14 +1220,15 @@ def catch_sigterm():
 
 
 def leave(message):
-    """SystemExit with the message once all ranks are here, so that rank 0 has saved."""
+    """Waits until all ranks are here, so that rank 0 has saved. Then raises SystemExit with the message."""
     if dist.is_initialized():
         dist.barrier()
     raise SystemExit(message)
 
 
 def init_distributed():
-    """rank, world size and device of this process, from the environment that torchrun sets; 0 and 1 without it."""
+    """Rank, world size and device of this process, from the environment that torchrun sets. Without torchrun the rank
+    is 0 and the world size 1."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -1172,7 +1238,7 @@ def init_distributed():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1 and not dist.is_initialized():
-        store, *_ = next(dist.rendezvous("env://"))
+        store = next(dist.rendezvous("env://"))[0]
         # torchrun's store keeps what a crashed attempt left in it, so each attempt gets a prefix of its own
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)

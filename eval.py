@@ -7,24 +7,25 @@
 
 A model is a checkpoint of these scripts, a file of OpenAI's (TorchScript archive or state dict) or of open_clip's
 (state dict or .safetensors). A file that is not ours gets clip.py's classes and OpenAI's merges, mean and standard
-deviation. Weights do not say whether they were trained with GELU or QuickGELU, and the wrong one costs points
-without an error. OpenAI's own files get QuickGELU. For others GELU is assumed, and a line says so; --quick-gelu
-changes that.
+deviation. Such a file does not say whether its model was trained with GELU or QuickGELU. The wrong choice lowers the
+results by some points, without an error. OpenAI's own files get QuickGELU. For others GELU is assumed and a printed
+line says so; --quick-gelu changes that.
 
 A test set is one of
     toy, toy-seen, ...                   drawn by code; data.TOY_TESTS has all names
-    cifar10, pets, ...                   torchvision's sets whose class names are usable; DATASETS has all names
-    a folder with a sub-folder a class   zero-shot; the names stand in its classnames.txt, else the folders' names count
+    cifar10, pets, ...                   torchvision's sets whose class names fit into a prompt; DATASETS lists them all
+    a folder with a sub-folder a class   zero-shot; class names from its classnames.txt, else from the sub-folders
     tars with .cls and a classnames.txt  CLIP_benchmark's layout; also retrieval if there are .txt, one caption a line
-    other tars, .tsv, .csv or .jsonl     retrieval; rows of a table that name the same picture are its captions
+    other tars, .tsv, .csv or .jsonl     retrieval; table rows that name the same picture give it several captions
 
 Line i of classnames.txt names class i. Sub-folders are counted in the order of their names, or in the order of the
 numbers if all names are numbers.
 
-Zero-shot: each class name is written into all prompts. The prompts' features are made unit vectors and averaged, and
-the mean is made a unit vector again. A picture's short side is resized to the model's size; its centre is cropped.
-The prompts in TEMPLATES are our own, so say "own-8" beside a number. Most published numbers use OpenAI's 80 or 7
-prompts, which --templates reads from a file. With models trained on CC3M or CC12M the bare name is 1 to 6 points worse.
+Zero-shot: each class name is written into all prompts. The features of a class's prompts are made unit vectors and
+averaged, and the mean is made a unit vector again. A picture's short side is resized to the model's size, and then the
+centre is cropped. The eight prompts in TEMPLATES are our own: report a result with them as "own-8". Most published
+results use OpenAI's 80 or 7 prompts, which --templates reads from a file. With models trained on CC3M or CC12M, the
+bare class name as the only prompt is 1 to 6 points worse.
 
 Retrieval: at most the first five captions of a picture count, as is usual for COCO. Captions get no prompt.
 
@@ -54,7 +55,9 @@ TEMPLATES = (
     "{}", "a photo of a {}.", "a picture that shows the {}.", "a {} seen from close up.", "a small {} in the distance.",
     "one very large {}.", "a dark and blurry photo of the {}.", "a drawing of a {}.")
 
-DATASETS = {  # torchvision's class, arguments of its test and of its train split, usual metric, what the names are
+# torchvision's class, arguments of its test and of its train split, usual metric, what replaces {} in our prompts ({}
+# there is the class name)
+DATASETS = {
     "cifar10": ("CIFAR10", dict(train=False), dict(train=True), "top1", "{}"),
     "cifar100": ("CIFAR100", dict(train=False), dict(train=True), "top1", "{}"),
     "stl10": ("STL10", dict(split="test"), dict(split="train"), "top1", "{}"),
@@ -69,7 +72,10 @@ DATASETS = {  # torchvision's class, arguments of its test and of its train spli
 
 @contextmanager
 def full_fp32():
-    """Matrix products without TF32, whose 10 bits make different scores equal. Also used as a decorator."""
+    """Matrix products in full fp32. TF32 rounds to 10 bits after the point, so different scores could become equal.
+
+    It is used by `with` and as a decorator.
+    """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -85,13 +91,13 @@ def at_least_fp32(x):
 
 @full_fp32()
 def ranks(queries, candidates, pairs):
-    """Place of each query's best positive among all candidates, by inner product. The first place is 0.
+    """Rank of each query's best positive among all candidates, by inner product. The best rank is 0.
 
-    queries [n, D], candidates [m, D], pairs [p, 2] of (query, candidate) -> int64 [n]. A query without a positive, or
-    whose positive scores NaN, gets place m.
+    queries [n, D], candidates [m, D], pairs [p, 2] of (query, positive candidate) -> int64 [n]. A query that has no
+    positive, or a positive with the score NaN, gets rank m.
     """
     queries, candidates = at_least_fp32(queries), at_least_fp32(candidates)
-    places, column = [], torch.arange(len(candidates), device=queries.device)
+    chunks, column = [], torch.arange(len(candidates), device=queries.device)
     chunk = max(1, 2 ** 25 // len(candidates))
     for start in range(0, len(queries), chunk):
         scores = queries[start:start + chunk] @ candidates.T  # [chunk, m]
@@ -99,15 +105,19 @@ def ranks(queries, candidates, pairs):
         row, positive_column = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < start + chunk)].T
         positive[row - start, positive_column] = True
         best, where = scores.masked_fill(~positive, -torch.inf).max(1, keepdim=True)
-        places.append((~(scores <= best) | (scores == best) & (column < where)).sum(1))
-    return torch.cat(places)
+        # Count what beats the best positive: higher scores, and equal scores at a lower index. It is "not <=" rather
+        # than ">" because every comparison with NaN is false: so a NaN counts against the query.
+        chunks.append((~(scores <= best) | ((scores == best) & (column < where))).sum(1))
+    return torch.cat(chunks)
 
 
 def accuracy(right, y, num_classes):
     """right bool [n], labels y [n] -> dict: top1, mean_per_class, per_class and n.
 
-    mean_per_class is the mean over the classes that occur in y. per_class holds None for the others.
+    per_class is the accuracy of each class, and None for a class that does not occur in y. mean_per_class is the mean
+    over the others.
     """
+    # a class that does not occur gets 0 / 0, which is NaN
     recall = torch.bincount(y[right], minlength=num_classes).double() / torch.bincount(y, minlength=num_classes)
     return {"top1": right.double().mean().item(), "mean_per_class": recall.nanmean().item(),
             "per_class": [None if math.isnan(r) else r for r in recall.tolist()], "n": len(y)}
@@ -115,8 +125,8 @@ def accuracy(right, y, num_classes):
 
 def zero_shot(x, y, classifier):
     """Image features x [n, D], labels y [n], text_classifier's rows [C, D] -> what accuracy returns, and top5."""
-    place = ranks(x, classifier, torch.stack([torch.arange(len(y), device=y.device), y], 1))
-    return accuracy(place == 0, y, len(classifier)) | {"top5": (place < min(5, len(classifier))).double().mean().item()}
+    rank = ranks(x, classifier, torch.stack([torch.arange(len(y), device=y.device), y], 1))
+    return accuracy(rank == 0, y, len(classifier)) | {"top5": (rank < min(5, len(classifier))).double().mean().item()}
 
 
 def retrieval(image_features, text_features, pairs, ks=(1, 5, 10)):
@@ -131,8 +141,8 @@ def retrieval(image_features, text_features, pairs, ks=(1, 5, 10)):
     ways = {"i2t": (image_features, text_features, pairs), "t2i": (text_features, image_features, pairs.flip(1))}
     result = {}
     for way, (queries, candidates, positives) in ways.items():
-        place = ranks(queries, candidates, positives)[positives[:, 0].unique()]
-        result |= {f"{way}@{k}": (place < min(k, len(candidates))).double().mean().item() for k in ks}
+        rank = ranks(queries, candidates, positives)[positives[:, 0].unique()]
+        result |= {f"{way}@{k}": (rank < min(k, len(candidates))).double().mean().item() for k in ks}
     return result
 
 
@@ -144,19 +154,20 @@ def linear_probe(x, y, l2, num_classes):
     W and b minimise mean cross-entropy(x W^T + b) + l2/2 |W|^2. The bias b is not penalised. This is scikit-learn's
     LogisticRegression(C=1 / (l2 * n)).
 
-    The solver is L-BFGS with a strong Wolfe line search. Matrix products have the precision of x (at least fp32), the
-    softmax is float64. The gradient ends near 1e-9 for float64; for fp32 rounding stops the line search near 1e-6. Rows
-    are read in chunks, because ImageNet's logits are 5 GB. Rows are also centred and scaled. That leaves the optimum
-    where it is, since b absorbs the centre and l2 the scale, and it takes a fifth of the steps.
+    The solver is L-BFGS with a strong Wolfe line search. Matrix products have the precision of x (at least fp32). The
+    softmax is float64. With float64 the gradient ends near 1e-9. With fp32 it ends near 1e-6, where rounding stops the
+    line search. Rows are read in chunks, because ImageNet's logits are 5 GB. The solver sees rows that are centred and
+    scaled, and takes a fifth of the steps. This does not move the optimum: the last line takes scale and centre back.
     """
     x, n = at_least_fp32(x), len(x)
     mean, scale = x.mean(0), (x.var(0, correction=0).mean() + l2) ** -.5
     W = x.new_zeros(num_classes, x.shape[1])
-    b = torch.bincount(y, minlength=num_classes).add(.5).log().to(x.dtype)  # the answer for W = 0
+    b = torch.bincount(y, minlength=num_classes).add(.5).log().to(x.dtype)  # nearly the best b for W = 0
     optimizer = torch.optim.LBFGS([W, b], max_iter=1000, history_size=10, tolerance_grad=1e-10,
                                   tolerance_change=torch.finfo(x.dtype).eps ** 2, line_search_fn="strong_wolfe")
 
     def closure():  # gradients by hand, because autograd does not work under inference_mode
+        # W belongs to the scaled rows: scale * W is the W of the docstring, so that is what is penalised
         loss = l2 * scale ** 2 / 2 * W.square().sum(dtype=torch.float64)
         W.grad, b.grad = l2 * scale ** 2 * W, torch.zeros_like(b)
         for rows, labels in zip(x.split(2 ** 14), y.split(2 ** 14)):
@@ -180,13 +191,14 @@ def predict(x, W, b):
 
 
 def best_l2(x, y, num_classes):
-    """The l2 with which linear_probe does best on a fixed tenth of the rows.
+    """The l2 with which linear_probe does best on a tenth of the rows, always the same, after training on the others.
 
-    It tries 1e2, 1, 1e-2, 1e-4 and 1e-6, then the neighbours of the best at a factor of 10, then at a factor of 3.
+    It tries 1e2, 1, 1e-2, 1e-4 and 1e-6, then ten times and a tenth of the best, then about three times and a third of
+    the best.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     held, rest = order.tensor_split([max(1, len(x) // 10)])
-    found = {}  # {log10 of l2: accuracy}; of equals the one tried first, the stronger, counts
+    found = {}  # {log10 of l2: accuracy}; of equal accuracies, max takes the one that was tried first
     for step in (2, 1, .5):
         best = max(found, key=found.get, default=None)
         for exponent in range(2, -7, -2) if best is None else (best + step, best - step):
@@ -199,8 +211,8 @@ def best_l2(x, y, num_classes):
 def knn(train, y, test, k=20, temperature=.07):
     """Weighted nearest neighbours (the protocol of DINO): train [n, D], labels y [n], test [m, D] -> predictions [m].
 
-    The k training rows with the largest cosines vote with weight exp(cosine / temperature). Rows are made unit vectors
-    here. The training rows are read in blocks.
+    The k training rows with the largest cosines vote, each with the weight exp(cosine / temperature). Rows are made
+    unit vectors here. The training rows are read in blocks, and the best k so far are kept.
     """
     train, test = (F.normalize(at_least_fp32(x), dim=1) for x in (train, test))
     predictions = []
@@ -211,6 +223,7 @@ def knn(train, y, test, k=20, temperature=.07):
             top, labels = torch.cat([top, cosine], 1), torch.cat([labels, block_y[where]], 1)
             top, where = top.topk(min(k, top.shape[1]), 1)
             labels = labels.gather(1, where)
+        # cosine - 1 in place of the cosine: it scales all votes alike, and no exp can overflow
         votes = top.new_zeros(len(rows), int(y.max()) + 1).scatter_add_(1, labels, ((top - 1) / temperature).exp())
         predictions.append(votes.argmax(1))
     return torch.cat(predictions)
@@ -219,7 +232,10 @@ def knn(train, y, test, k=20, temperature=.07):
 # features
 
 class Pictures(torch.utils.data.Dataset):
-    """Item i: the picture, uint8 [3, S, S], and i. Zeros and -1 if it cannot be read or i is beyond the end."""
+    """Item i is picture i, uint8 [3, S, S], and the number i.
+
+    If the picture cannot be read, or i is beyond the end, the item is a picture of zeros, and -1 in place of i.
+    """
 
     def __init__(self, dataset, size):
         self.dataset, self.size = dataset, size
@@ -238,18 +254,19 @@ def rank_and_world():
 
 @torch.no_grad()
 def encode_images(model, dataset, preprocess, amp=None, batch_size=256, workers=0):
-    """Features of the readable pictures -> x [n, D], fp32, not normalised, and their places in the data set, index [n].
+    """Features of the n readable pictures: x [n, D], fp32, not normalised; index [n], their numbers in the data set.
 
     dataset: anything with len() and image(i) -> bytes, path or PIL picture. amp: dtype of autocast, or None.
     The model is used in the mode it is in. All ranks must call it: rank r of W encodes the pictures r, r + W, ..., and
     every rank gets all rows in the order of the data set.
     """
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
-    mine, rows = range(rank, -(-len(dataset) // world) * world, world), []  # equally many on all ranks
+    # rounded up, so that all ranks have equally many; Pictures gives -1 for numbers beyond the end
+    mine, rows = range(rank, math.ceil(len(dataset) / world) * world, world), []
     loader = torch.utils.data.DataLoader(
         Pictures(dataset, preprocess.size), batch_size, sampler=mine, num_workers=workers,
         pin_memory=device.type == "cuda", worker_init_fn=data.deaf,
-        generator=torch.Generator())  # its own, so that the global one stays as it is
+        generator=torch.Generator())  # the loader's own, so that torch's global generator stays as it is
     for images, index in loader:
         with torch.autocast(device.type, amp, enabled=amp is not None):
             x = model.encode_image(preprocess.normalize(images.to(device, non_blocking=True)))
@@ -260,7 +277,7 @@ def encode_images(model, dataset, preprocess, amp=None, batch_size=256, workers=
         dist.all_gather(all_x, x)
         dist.all_gather(all_index, index)
         x, index = torch.cat(all_x), torch.cat(all_index)
-    order = index.argsort()[(index < 0).sum():]  # the unreadable ones, -1, sort to the front
+    order = index.argsort()[(index < 0).sum():]  # all -1 sort to the front; the slice leaves them out
     return x[order], index[order]
 
 
@@ -270,7 +287,7 @@ def encode_texts(model, tokenizer, texts, amp=None, batch_size=1024):
     device, rows = next(model.parameters()).device, []
     for start in range(0, len(texts), batch_size):
         tokens = tokenizer(texts[start:start + batch_size])
-        tokens = tokens[:, :int(tokens.any(0).nonzero().max()) + 1].to(device)  # padding is 0, an end token never
+        tokens = tokens[:, :int(tokens.any(0).nonzero().max()) + 1].to(device)  # padding is 0, an end token is not
         with torch.autocast(device.type, amp, enabled=amp is not None):
             x = model.encode_text(tokens)
         rows.append(at_least_fp32(x))
@@ -280,8 +297,8 @@ def encode_texts(model, tokenizer, texts, amp=None, batch_size=1024):
 def text_classifier(model, tokenizer, classnames, templates=TEMPLATES, amp=None):
     """One unit row a class, [C, D]: the mean of the unit features of its prompts, made a unit vector.
 
-    classnames: a class with several names has them in one string, as "cat|kitten". templates: prompts with {} where the
-    name goes. Every name is written into every prompt, and all of these count equally.
+    classnames: one string a class; a class with several names has them all in it, as "cat|kitten". templates: prompts
+    with {} where the name goes. Every name of a class is written into every prompt, and all of these count equally.
     """
     prompts = [[t.replace("{}", name.strip()) for name in names.split("|") for t in templates] for names in classnames]
     x = F.normalize(encode_texts(model, tokenizer, [p for of_class in prompts for p in of_class], amp), dim=1)
@@ -291,11 +308,12 @@ def text_classifier(model, tokenizer, classnames, templates=TEMPLATES, amp=None)
 # test sets
 
 class Labelled:
-    """A data set of torchvision's with classes, with the methods of data.py's sets that evaluate needs."""
+    """One of torchvision's data sets with classes. It gets the methods of data.Pairs that evaluate needs."""
 
     def __init__(self, pictures, classnames=None):
         self.pictures = pictures
         self.classnames = classnames or [name.replace("_", " ") for name in pictures.classes]
+        # torchvision's sets keep their labels under one of these three names
         self.labels = next(vars(pictures)[name] for name in ("targets", "labels", "_labels") if name in vars(pictures))
 
     def __len__(self):
@@ -319,7 +337,7 @@ class CaptionTable:
         self.table, rows = table, {}
         for row in range(len(table)):
             rows.setdefault(os.path.normpath(table.key(row)), []).append(row)
-        self.rows = list(rows.values())  # of each picture
+        self.rows = list(rows.values())  # of each picture: its rows in the table
 
     def __len__(self):
         return len(self.rows)
@@ -372,7 +390,7 @@ def class_folders(folder):
     torchvision would put 10 before 2. FileNotFoundError if there are no sub-folders.
     """
     import torchvision
-    pictures = torchvision.datasets.ImageFolder(folder, loader=str, allow_empty=True)
+    pictures = torchvision.datasets.ImageFolder(folder, loader=str, allow_empty=True)  # str: an item is a path
     if all(name.isdecimal() for name in pictures.classes):
         old, pictures.classes = pictures.classes, sorted(pictures.classes, key=int)
         pictures.class_to_idx = {name: i for i, name in enumerate(pictures.classes)}
@@ -408,15 +426,15 @@ def open_folder(spec, folder, split, classnames):
 def open_test(spec, split="test", root=None, download=False, classnames=None):
     """The test set `spec` (see the top of the file). SystemExit if there is no such set.
 
-    split: "train" opens the training split of toy and of torchvision's sets. root: folder of torchvision's files, by
-    default $CLIP_DATA, else ./datasets. classnames: list of names in place of those that the set brings.
+    split: "train" opens the training split of the toy and of torchvision's sets. root: folder of torchvision's files,
+    by default $CLIP_DATA, else ./datasets. classnames: list of names in place of those that come with the set.
     """
     if not spec:
         raise SystemExit("a test set without a name: is there a comma too many?")
     if spec in data.TOY_TESTS:
-        variant, kinds = data.TOY_TESTS[spec]
-        seed = 1 if split == "train" else 0  # the training split has other pictures of the same kinds
-        return data.ToyDataset(2048, None, kinds, seed, variant)
+        variant, toy_split = data.TOY_TESTS[spec]
+        seed = 1 if split == "train" else 0  # for training: other pictures of the same kinds
+        return data.ToyDataset(2048, None, toy_split, seed, variant)
     if spec in DATASETS:
         import torchvision
         name, of_test, of_train, _, _ = DATASETS[spec]
@@ -449,7 +467,8 @@ def open_test(spec, split="test", root=None, download=False, classnames=None):
 
 
 def labels_of(dataset, index, names, spec):
-    """Classes [n] of the pictures index [n]. SystemExit if one has no class, or a class without a name."""
+    """Classes [n] of the pictures whose numbers are index [n]. SystemExit if a picture has no class, or its class no
+    name."""
     y = [dataset.label(i) for i in index.tolist()]
     if not y:
         raise SystemExit(f"{spec}: no readable picture")
@@ -460,21 +479,22 @@ def labels_of(dataset, index, names, spec):
 
 
 def captions_of(dataset, index):
-    """Captions of the pictures index [n], at most the first five of each -> texts, pairs.
+    """Captions of the pictures whose numbers are index [n], at most the first five of each -> texts, pairs.
 
-    texts: the different captions. pairs: list of (row of index, row of texts). Each line of a caption is a caption.
+    texts: list of the different captions. pairs: list of (place in index, place in texts). A caption with several lines
+    counts as several captions.
     """
     texts, pairs = {}, []
     for row, i in enumerate(index.tolist()):
         lines = [line.strip() for text in dataset.captions(i) for line in re.split("[\r\n]", text) if line.strip()]
-        pairs += [(row, texts.setdefault(line, len(texts))) for line in lines[:5]]
+        pairs += [(row, texts.setdefault(line, len(texts))) for line in lines[:5]]  # a new line is put into texts
     return list(texts), pairs
 
 
 # evaluation
 
 def short_name(spec):
-    """The last part of a path that is neither test, val nor a tar: cc3m of a/cc3m/val."""
+    """The last part of a path that is neither test, val nor a tar: a/cc3m/val gives cc3m."""
     parts = [part for part in Path(spec).parts if part not in ("val", "test") and ".tar" not in part]
     return parts[-1] if parts else spec
 
@@ -483,21 +503,23 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
              probe=False, download=False, neighbors=False, train=None, root=None, batch_size=256):
     """Tests a model on the test sets -> {short name of the test: {metric: value}}.
 
-    A test with class names gets what zero_shot returns. A test with captions gets what retrieval returns; there, equal
-    captions are one text that belongs to all its pictures, and a picture has at most five. probe adds "probe" and
-    "probe_l2", neighbors adds "knn", both in the usual metric of the test. Always there are "metric" (the name of the
-    usual metric), "n" (pictures read) and "unreadable" (pictures left out).
+    A test with class names gets what zero_shot returns. A test with captions gets what retrieval returns. In retrieval,
+    the same caption of several pictures is one text that is right for all of them, and at most five captions of a
+    picture count. probe adds "probe" and "probe_l2". neighbors adds "knn". "probe" and "knn" are in the usual metric of
+    the test. Every test gets "metric" (the name of this metric), "n" (the number of pictures that were read) and
+    "unreadable" (the number of pictures that were left out).
 
-    amp: dtype of autocast, or None. train: training sets for probe and neighbors, one for each test; toy and
-    torchvision's sets bring their own. classnames: names in place of those that the tests bring.
+    amp: dtype of autocast, or None. train: training sets for probe and neighbors, one for each test. The toy and
+    torchvision's sets have their own. classnames: names in place of those that come with the tests.
 
     All ranks must call it, and all get the same result. Parameters, modes and random state stay as they are. The
-    buffers of all ranks become those of rank 0. SystemExit if a test is not there or lacks what it needs.
+    buffers of all ranks become those of rank 0. SystemExit if a test set is missing or lacks what it needs.
     """
     train = train or tests
-    if (probe or neighbors) and (len(train) != len(tests) or set(train) & set(tests) - {*data.TOY_TESTS, *DATASETS}):
+    without_split = set(tests) - {*data.TOY_TESTS, *DATASETS}  # tests that have no training split of their own
+    if (probe or neighbors) and (len(train) != len(tests) or set(train) & without_split):
         raise SystemExit("--probe and --knn need --train: a training set for each test, other than the test itself")
-    # all sets are opened first, so that a wrong name does not cost an hour
+    # all sets are opened first, so that a wrong name is found before an hour of work
     sets = [open_test(spec, "test", root, download, classnames) for spec in tests]
     train_sets = [open_test(spec, "train", root, download) for spec in train if probe or neighbors]
     for a, b in zip(sets, train_sets):
@@ -520,6 +542,7 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
                 result = {"metric": metric if names else "i2t@1", "n": len(x), "unreadable": len(dataset) - len(x)}
                 if names:
                     y = labels_of(dataset, index, names, spec)
+                    # only our own prompts get the phrase; those of --templates are used as they are
                     prompts = [t.replace("{}", phrase) for t in templates] if templates is TEMPLATES else templates
                     result |= zero_shot(unit, y, text_classifier(model, tokenizer, names, prompts, amp))
                 if texts:
@@ -558,19 +581,20 @@ def summary(results):
 
 # a trained model
 
-# what stands before the first dot in the names of the towers' parameters, as open_clip and OpenAI have them
+# first parts of the names of the towers' parameters in OpenAI's and open_clip's files, where dots separate the parts
 ENCODERS = ("visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection",
             "logit_scale")
-PARTS = {*ENCODERS, *(  # all that stands between dots in these names, numbers aside
+PARTS = {*ENCODERS, *(  # all parts of these names, except for numbers
     "resblocks ln_1 ln_2 ln_pre ln_post attn in_proj_weight in_proj_bias out_proj mlp c_fc c_proj weight bias proj "
     "class_embedding conv1 conv2 conv3 bn1 bn2 bn3 running_mean running_var num_batches_tracked layer1 layer2 layer3 "
     "layer4 downsample attnpool q_proj k_proj v_proj").split()}
+# parts that the following put in front of or between these, and that are left out
 WRAPPERS = {"module", "_orig_mod", "text",  # DDP, torch.compile, open_clip's CustomTextCLIP,
             "_image_encoder", "_text_encoder", "_logit_scale"}  # TinyCLIP's released files
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: the header's length in 8 bytes, the header in JSON, the tensors."""
+    """{name: tensor} of a .safetensors file: 8 bytes with the length of the header, the header in JSON, the tensors."""
     content = bytearray(Path(path).read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -585,7 +609,11 @@ def read_safetensors(path):
 
 
 def read_torchscript(path):
-    """{name: tensor} of a TorchScript archive such as OpenAI's. It may hold code: the one exception to weights_only."""
+    """{name: tensor} of a TorchScript archive such as OpenAI's.
+
+    Such an archive may hold code, and torch.jit.load does not keep it out. This is the only kind of file that is not
+    read as data only; torch.load is always called with weights_only=True.
+    """
     if not hasattr(getattr(torch, "jit", None), "load"):
         raise SystemExit(f"{path} is a TorchScript archive, which torch {torch.__version__} no longer reads; take its "
                          "state dict, saved by an older torch, or open_clip's .safetensors of the same weights")
@@ -605,8 +633,9 @@ def is_torchscript(path):
 def read_checkpoint(path):
     """What a file of weights holds, on the CPU, as a dict like the checkpoints of these scripts.
 
-    "model" is {name: tensor}, with the names that the file has. A checkpoint of these scripts has "script", "sizes",
-    "merges" and more. OpenAI's files have "sizes" = {"quick_gelu": True}. SystemExit for any other kind of file.
+    "model" is {name: tensor}, with the names that the file has. For a checkpoint of these scripts the dict also has
+    "script", "sizes", "merges" and more. For OpenAI's files it also has "sizes" = {"quick_gelu": True}. SystemExit for
+    any other kind of file.
     """
     if not os.path.isfile(path):
         raise SystemExit(f"there is no checkpoint {path}")
@@ -637,11 +666,15 @@ def read_merges(checkpoint):
 
 
 def tower_state(path, checkpoint):
-    """The towers' {open_clip's name: fp32 tensor} in what read_checkpoint found. SystemExit for other towers."""
+    """The towers' weights, {open_clip's name: fp32 tensor}, from what read_checkpoint returned for the file `path`.
+
+    SystemExit if the towers are not OpenAI's kind.
+    """
     state, found = {}, checkpoint["model"]
     for name, tensor in found.items():
         parts = [part for part in name.split(".") if part not in WRAPPERS]
-        if parts[0] in ENCODERS or "text" in name.split(".") and parts[0] != "attn_mask":
+        # all that stands under "text" is kept, so that a name which is no part of our towers is found below, as odd
+        if parts[0] in ENCODERS or ("text" in name.split(".") and parts[0] != "attn_mask"):
             state[".".join(parts)] = tensor.float() if tensor.is_floating_point() else tensor
     wanted = ["visual.conv1.weight", "token_embedding.weight", "positional_embedding", "text_projection", "logit_scale",
               "visual.attnpool.positional_embedding" if "visual.layer1.0.conv1.weight" in state else "visual.proj"]
@@ -668,9 +701,10 @@ def load_clip_state(path, quick_gelu=None, merges=None):
 
     path: a checkpoint of these scripts, OpenAI's TorchScript archive or state dict, open_clip's state dict or
     .safetensors, or a released file of TinyCLIP's. The names may bear the prefixes of DDP, torch.compile and
-    CustomTextCLIP. quick_gelu and merges (one string, a pair a line) are compared with what the file says, if it says
-    it; None is not compared. SystemExit if the file is none of these, differs in what is compared, or holds other
-    towers (timm's, SigLIP's, CoCa's).
+    CustomTextCLIP. quick_gelu: the activation of the model that gets the weights. merges: those of its tokenizer, as
+    one string with one pair a line. Each of the two must agree with the file, unless it is None or the file does not
+    say. SystemExit if one of them does not agree, if the file is of another kind, or if it holds other towers (timm's,
+    SigLIP's, CoCa's).
     """
     checkpoint = read_checkpoint(path)
     state = tower_state(path, checkpoint)
@@ -693,7 +727,7 @@ def image_size(state):
 def import_script(script, path):
     """The module of a script beside this file, which the checkpoint at path needs. SystemExit if there is none."""
     file = Path(__file__).resolve().parent / f"{script}.py"
-    found = re.fullmatch("[a-z]+", script) and file.is_file() and importlib.util.find_spec(script)  # runs nothing yet
+    found = re.fullmatch("[a-z]+", script) and file.is_file() and importlib.util.find_spec(script)  # not yet run
     if not found or Path(found.origin).resolve() != file:
         raise SystemExit(f"{path} needs the script {script!r}, and the module of that name is not one beside eval.py")
     return importlib.import_module(script)
@@ -705,9 +739,9 @@ def load(path, device="cpu", weights="model", quick_gelu=None, bpe=None):
     path: a checkpoint of these scripts, OpenAI's TorchScript archive or state dict, or open_clip's state dict or
     .safetensors. A checkpoint of ours gets the classes of its script, which must be a file beside this one. Another
     file gets clip.py's classes, OpenAI's merges, mean and standard deviation. weights: "model", or "ema", an average
-    that some scripts keep. quick_gelu: whether weights that do not say it need QuickGELU. If it is None, GELU is
-    assumed for them, and a printed line says so. bpe: the merges of such weights, if not OpenAI's: a file. SystemExit
-    if the file is none of these.
+    of the weights that some scripts keep. quick_gelu and bpe are for files that do not say what they need. quick_gelu:
+    whether the model has QuickGELU. If it is None, GELU is assumed, and a printed line says so. bpe: the path of the
+    merges, if they are not OpenAI's. SystemExit if the file is none of these.
     """
     checkpoint = read_checkpoint(path)
     if "script" not in checkpoint:
@@ -727,7 +761,7 @@ def load(path, device="cpu", weights="model", quick_gelu=None, bpe=None):
 
 
 def load_foreign(path, checkpoint, device, quick_gelu, bpe):
-    """load for what read_checkpoint found in a file of OpenAI's or open_clip's."""
+    """What load returns for a file of OpenAI's or open_clip's. checkpoint: what read_checkpoint returned for it."""
     state = tower_state(path, checkpoint)
     quick_gelu = checkpoint.get("sizes", {}).get("quick_gelu", quick_gelu)
     if quick_gelu is None:
@@ -794,7 +828,7 @@ def main(argv=None):
         raise SystemExit(f"--json {args.json} cannot be written: it is a folder, or its folder does not exist")
     if args.batch_size < 1 or args.workers < 0:
         raise SystemExit("--batch-size must be at least 1, --workers at least 0")
-    for path in args.checkpoint:  # before the first one has cost an hour
+    for path in args.checkpoint:  # all of them, before the first one takes an hour
         if not os.path.isfile(path):
             raise SystemExit(f"there is no checkpoint {path}")
     cuda = torch.cuda.is_available()

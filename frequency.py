@@ -19,8 +19,8 @@ picture shows, and counts a pair only if caption and picture agree ("integrated"
 the toy is its own tag. Without tags, slopes keep their sign and get smaller: on ImageNet .4 to .8 times, by bin.
 
 How to run.
-    python clip.py --data toy-zipf --limit 4096 --epochs 6       kinds by Zipf's law; the first is mentioned 87 times
-    python frequency.py runs/clip-toy-zipf/last.pt --eval toy-seen
+    python clip.py --data toy-zipf --epochs 12        4,096 pairs, kinds by Zipf's law; the first is mentioned 87 times
+    python frequency.py runs/clip-toy-zipf/last.pt
     python frequency.py runs/clip-cc3m/last.pt runs/declip-cc3m/last.pt --eval imagenet/val,wag --csv cc3m.csv
     python tests/curves.py cc3m.csv imagenet/val > picture.svg       accuracy against count, one curve a checkpoint
 "Let it Wag!", the authors' test of 290 rare concepts, is a folder with a sub-folder a class (here: wag).
@@ -217,7 +217,7 @@ def parse_args(argv=None):
     add("--data", help="count in these captions (default: those that each checkpoint was trained on)")
     add("--data-root", metavar="DIR", help="folder of the named sets (default: the checkpoint's)")
     add("--subset", metavar="FILE", help="count only these pairs, as the training scripts' --subset")
-    add("--eval", metavar="TESTS", help="comma list of tests with class names (default: the checkpoint's)")
+    add("--eval", metavar="TESTS", help="comma list of tests with class names (default: the checkpoint's, or toy-seen)")
     add("--json", nargs="+", metavar="FILE", help="accuracies that eval.py --json wrote: one file, or one a checkpoint")
     add("--counts", metavar="FILE", help="JSON {concept: count}: used if the file is there, else written")
     add("--tags", metavar="FILE", help="what pictures show: lines of a key, a tab and a concept; several lines a key")
@@ -237,10 +237,12 @@ def parse_args(argv=None):
 def read_run(path, args):
     """Dict of a checkpoint's path and name; its data, limit, subset and root (--data-root); its tests."""
     flags = evaluator.read_checkpoint(path).get("flags", {})  # weights from elsewhere have none
+    own = {} if args.data else flags
     tests = args.eval or flags.get("eval")
+    if not args.eval and own.get("data") in data.TOYS:
+        tests = f"{own['data']}-seen"  # a run's own tests show kinds that no caption mentions
     if not tests:
         raise SystemExit(f"{path} was trained without tests: name some by --eval")
-    own = {} if args.data else flags
     return {"path": path, "name": path.removesuffix("/last.pt"), "data": args.data or own.get("data"),
             "limit": own.get("limit"), "subset": args.subset or own.get("subset"),
             "root": args.data_root or flags.get("data_root"), "tests": tests.split(",")}

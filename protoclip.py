@@ -1,37 +1,39 @@
-"""ProtoCLIP: CLIP that also learns clusters. Clusters of one modality, found by K-means, teach the other modality.
+"""ProtoCLIP: CLIP that also learns clusters. Clusters of one modality, found by K-means, teach the other.
 
-The idea. CLIP pushes a picture away from every caption but its own, even where both show a dog. ProtoCLIP adds a task
-about clusters of pairs. It trains in episodes of m random pairs. First the model extracts their features, and K-means
-finds K = m / 10 clusters of pictures and K of captions. Then it trains on these pairs. Beside CLIP's task, each picture
-must tell the cluster of its caption, and each caption the cluster of its picture. For this a picture is not compared
-with captions, but with the mean picture of each cluster of captions, so the modalities need not lie in one place. This
-is prototypical back translation. Clusters may also come from an external teacher, such as a language model.
+The idea. CLIP pushes a picture away from every caption but its own, even if both show a dog. ProtoCLIP adds a task
+about clusters of pairs. It trains in episodes of m random pairs, with two passes over each episode. The first pass only
+extracts features; K-means then finds K = m/10 clusters of pictures and K of captions. The second pass trains. Beside
+CLIP's task, each picture must tell the cluster of its caption, and each caption that of its picture. For this a picture
+is compared not with captions, but with the mean picture of each cluster of captions, so the modalities need not lie in
+one place. This is prototypical back translation. An external teacher, such as a language model, may add its own
+clusters.
 
-The loss. The student is the modality that learns; the teacher's clusters are what it learns. h_i is the student's unit
-feature of pair i, behind a projection head. t_i is the teacher's cluster of pair i, and the rows of C are the teacher's
-centroids. r is a learned scale beside CLIP's, and tau is --target-temperature.
+The loss. The student is the modality that learns; the teacher is the other modality or the external teacher. h_i is the
+student's unit feature of pair i, behind a projection head. t_i is the teacher's cluster of pair i, and C_k is the
+teacher's centroid of cluster k. r = exp(logit_scale_proto) is a second learned scale. tau is --target-temperature.
 
-    D_k = mean of the h_i with t_i = k              the student's centroids
-    T = softmax(C C' / tau) D, by rows              the targets; for the external teacher T = D
+    D_k  = mean of the extracted h_i with t_i = k        the student's centroids
+    q_tk = softmax over k of <C_t, C_k> / tau            the soft targets of cluster t
+    T_t  = sum_k q_tk D_k                                for the external teacher T = D
     P(student; teacher) = mean_i [ log sum_k exp(r <h_i, D_k>) - r <h_i, T_(t_i)> ]
-    L = L_clip + w_proto / 2 [P(image; text) + P(text; image)]
-               + w_external / 2 [P(image; external) + P(text; external)]
+    L = L_clip + w_proto/2 [P(image; text) + P(text; image)]
+               + w_external/2 [P(image; external) + P(text; external)]
 
-P is the cross-entropy with the soft targets q = row t_i of softmax(C C' / tau), because sum_k q_k <h_i, D_k> = <h_i,
-T_(t_i)>. D, T and t are constants of an episode.
+P is the cross-entropy of the logits r <h_i, D_k> with the targets q of cluster t_i. D, T and t come from the first pass
+and are constants of the second.
 
-What it costs and brings. Extraction is one more forward pass over each pair, 33 % more FLOPs with RN50. Each pair is
-decoded twice, and the authors' runs took 1.8 times CLIP's time. On 2.5 M pairs of CC3M, with RoBERTa as external
-teacher, they report 21.5 % zero-shot on ImageNet (CLIP: 19.5). Their CLIP had weaker augmentation; --w-proto 0 is the
-fair baseline. In small runs here it needs .4 to .7 of CLIP's time, with the captions' words as teacher.
+What it costs and brings. The first pass adds 33 % to the FLOPs, and each pair is decoded twice. On one GPU the authors'
+runs took 1.8 times CLIP's time. On 2.5 M pairs of CC3M, with RoBERTa as external teacher, they report 21.5 % zero-shot
+on ImageNet (CLIP: 19.5). Their CLIP had weaker augmentation; --w-proto 0 is the fair baseline. In small runs here
+ProtoCLIP with --teacher-features captions reaches CLIP's recall in .35 to .75 of the time.
 
 How to run. tests/RESULTS.md says how to make roberta.npy.
-    python protoclip.py                                                       built-in pictures, any machine, minutes
-    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy    or captions, for their words
-    torchrun --nproc_per_node=8 protoclip.py --data cc3m --w-proto 0 --out runs/baseline   CLIP, same pictures
+    python protoclip.py                                                       built-in pictures, minutes
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --teacher-features roberta.npy
+    torchrun --nproc_per_node=8 protoclip.py --data cc3m --w-proto 0 --out runs/baseline   CLIP on the same pictures
 
-Sources: Chen et al. 2023, ProtoCLIP (arXiv 2206.10996), github.com/megvii-research/protoclip. "The authors" are their
-README and code; the paper's body was not at hand.
+Sources: Chen et al. 2023 (arXiv 2206.10996), github.com/megvii-research/protoclip. "The authors" are their README and
+code; the paper's body was not at hand.
 """
 import argparse
 import json
@@ -66,7 +68,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())  # fills rows: chunks are views
+        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())  # fills rows, as chunks are views
         return rows
 
     @staticmethod
@@ -86,16 +88,17 @@ def clip_loss(image_features, text_features, logit_scale):
 
     image_features, text_features: unit rows [B, D]; row i of one belongs to row i of the other. B is equal on all
     ranks. logit_scale: the factor s itself, not its log. Returns a scalar in at least fp32, also under autocast,
-    because bf16 rounds logits near 100 to multiples of 0.5. The mean over ranks is the loss of the whole batch of N = W
-    B pairs. If all logits are equal, it is ln N.
+    because bf16 rounds logits near 100 to multiples of 0.5. The mean over the W ranks is the loss of the whole batch of
+    N = W B pairs. If all logits are equal, the loss is ln N.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x, y = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (image_features, text_features))
-# The released code of SLIP gathers without gradient. There a feature learns only as a query (a row of the logits),
-        # never as a candidate (a column), and its gradient points elsewhere. open_clip by default divides the towers'
-        # gradient by W; its flags --local-loss and --gather-with-grad together prevent that.
+        # The released code of SLIP gathers without gradient. There a feature learns only as a query (a row of the
+        # logits), never as a candidate (a column), so its gradient has another direction. open_clip's towers get the
+        # gradient of the whole batch divided by W, unless its flags --local-loss and --gather-with-grad are given
+        # together.
         all_x, all_y = gather(torch.cat([x, y], 1)).chunk(2, 1)  # [N, D] each
-        rank = dist.get_rank() if len(all_x) > len(x) else 0  # one process has no process group
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         labels = torch.arange(len(x), device=x.device) + rank * len(x)  # the columns of this rank's own pairs
         image_logits = logit_scale * x @ all_y.T  # [B, N]
         text_logits = logit_scale * y @ all_x.T  # [B, N]
@@ -105,24 +108,24 @@ def clip_loss(image_features, text_features, logit_scale):
 # prototypes
 
 def sample_episode(seed, episode, size, length):
-    """Numbers of the pairs of an episode: int64 [size] out of range(length), uniform, with replacement. They depend on
-    the arguments only, so they are the same on all ranks and after a restart. In the released code (training/data.py)
-    they depend on NumPy's global generator."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + episode)
+    """Numbers of the pairs of an episode: int64 [size], drawn evenly from range(length), with replacement. They depend
+    on the arguments only, so they are the same on all ranks and after a restart. The released code (training/data.py)
+    draws them from NumPy's global generator, whose state it does not save."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + episode)  # different for each seed and episode
     return torch.randint(length, (size,), generator=generator)
 
 
 @torch.no_grad()
 def kmeans(x, k, iters=20, restarts=3, seed=0):
     """K-means by Lloyd's algorithm, with the rules of faiss.Kmeans, which the released code calls
-    (training/clustering.py). Distances are Euclidean, and centroids are plain means, also of unit rows. Equal captions
-    make equal rows, so a cluster can run empty: then it moves beside another, which is drawn by its size. The best of
-    some restarts counts.
+    (training/clustering.py). The random draws are ours. Distances are Euclidean. Centroids are plain means, also of
+    unit rows. Equal captions make equal rows, so a cluster can run empty. It then moves beside another cluster, which
+    is drawn with a probability proportional to its count less one. The restart with the smallest objective counts.
 
-    x: rows [n, d] of this rank, which are rows r, r + W, ... of the whole on rank r. All ranks call it; they exchange
-    only sums, in float64. The released code runs it on one rank.
-    Returns the labels [n] of these rows, the centroids [k, d], and the objective, a float: the sum of the squared
-    distances of all rows to these centroids. ValueError if there are fewer than k rows in all.
+    x: rows [n, d] of this rank. On rank r they are the rows r, r + W, ... of the whole. All ranks call it. They
+    exchange the k rows to start from, and the sums over each cluster in float64. The released code clusters on rank 0.
+    Returns the labels [n] of these rows, the centroids [k, d], and the objective, a float: the sum over all rows of the
+    squared distance to the nearest centroid. ValueError if there are fewer than k rows in all.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     parallel = dist.is_available() and dist.is_initialized()
@@ -136,38 +139,39 @@ def kmeans(x, k, iters=20, restarts=3, seed=0):
 
     def nearest(centroids):  # -> labels [n], squared distances [n]
         norms = centroids.square().sum(1)
-        with torch.autocast(x.device.type, enabled=False):  # |x|^2 is left out: it is the same for all centroids
-            labels = torch.cat([torch.addmm(norms, rows, centroids.T, alpha=-2).argmin(1) for rows in x.split(4096)])
+        with torch.autocast(x.device.type, enabled=False):  # |x|^2 is left out of |x - c|^2: it is the same for all c
+            labels = torch.cat([torch.addmm(norms, part, centroids.T, alpha=-2).argmin(1) for part in x.split(4096)])
         return labels, (x - centroids[labels]).square().sum(1)
 
-    rows = int(total(torch.tensor(len(x), device=x.device)))
+    rows = int(total(torch.tensor(len(x), device=x.device)))  # of all ranks
     if k > rows:
         raise ValueError(f"{rows} rows cannot make {k} clusters")
     best = None
     for restart in range(restarts):
         generator = torch.Generator().manual_seed(seed + restart)  # the same on all ranks
         picked = torch.randperm(rows, generator=generator)[:k].to(x.device)  # rows to start from
-        centroids, mine, last = x.new_zeros(k, x.shape[1]), picked % world == rank, None
-        centroids[mine] = x[picked[mine] // world]  # row p of the whole is row p // W of rank p % W
-        total(centroids)
+        mine = picked % world == rank  # row p of the whole is row p // W of rank p % W
+        centroids, last = x.new_zeros(k, x.shape[1]), None
+        centroids[mine] = x[picked[mine] // world]
+        total(centroids)  # each centroid is 0 on all ranks but one
         for _ in range(iters):
             labels, distances = nearest(centroids)
-            sums = torch.cat([x, x.new_ones(len(x), 1), distances[:, None]], 1).double()
-            sums = total(sums.new_zeros(k, sums.shape[1]).index_add_(0, labels, sums))  # [k, d+2]
+            columns = torch.cat([x, x.new_ones(len(x), 1), distances[:, None]], 1).double()  # [n, d+2]
+            sums = total(columns.new_zeros(k, columns.shape[1]).index_add_(0, labels, columns))  # [k, d+2]
             count, objective = sums[:, -2], sums[:, -1].sum().item()
-            if objective == last:  # no label has changed
+            if objective == last:  # converged
                 break
             last, centroids = objective, (sums[:, :-2] / count.clamp(min=1)[:, None]).to(x.dtype)
             empty = (count == 0).nonzero()[:, 0]
-            if len(empty):  # each takes the centroid of a large cluster, and the two move a little apart
+            if len(empty):  # each takes the centroid of another cluster, and the two move a little apart
                 spare = (count - 1).clamp(min=0).cpu()
-                few = int((spare > 0).sum()) < len(empty)
+                few = int((spare > 0).sum()) < len(empty)  # then one donor may serve several
                 donors = torch.multinomial(spare, len(empty), replacement=few, generator=generator).to(x.device)
                 centroids[empty] = centroids[donors] * (1 + split)
                 centroids[donors] = centroids[donors] * (1 - split)
         labels, distances = nearest(centroids)
         objective = total(distances.double().sum()).item()
-        # The authors compare restarts by the objective one iteration before the last.
+        # faiss compares restarts by the objective before the last update of the centroids.
         if best is None or objective < best[2]:
             best = labels, centroids, objective
     return best
@@ -178,12 +182,12 @@ def cluster_means(x, labels, k):
     """Prototypical back translation: the mean of a student's rows in each of a teacher's clusters (released code:
     training/clustering.py).
 
-    x: rows [n, d] of this rank; labels [n] in range(k). Returns the means over all ranks [k, d], not of unit norm. A
-    cluster without a row has a row of zeros, whose logit is 0.
+    x: rows [n, d] of this rank. labels [n] in range(k): their clusters. Returns the means [k, d] over the rows of all
+    ranks, not of unit norm. The mean of an empty cluster is 0, and so is its logit in proto_loss.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    sums = torch.cat([x, x.new_ones(len(x), 1)], 1).double()
-    sums = sums.new_zeros(k, sums.shape[1]).index_add_(0, labels, sums)
+    columns = torch.cat([x, x.new_ones(len(x), 1)], 1).double()  # [n, d+1]
+    sums = columns.new_zeros(k, columns.shape[1]).index_add_(0, labels, columns)  # [k, d+1], the last column counts
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
     return (sums[:, :-1] / sums[:, -1:].clamp(min=1)).to(x.dtype)
@@ -191,12 +195,12 @@ def cluster_means(x, labels, k):
 
 @torch.no_grad()
 def expected_target(teacher_centroids, student_centroids, temperature):
-    """Targets T [k, d] of the teacher's clusters: the student's centroids [k, d], averaged with the weights
-    softmax(C C' / temperature), where C are the teacher's centroids [k, e]. Neither has unit norm.
+    """Targets T [k, d] of a teacher's clusters. Row t is the mean of the student's centroids D [k, d] with the weights
+    q_t, row t of softmax(C C^T / temperature). C [k, e] are the teacher's centroids. Neither C nor D has unit norm.
 
-    At temperature .01 a target is close to the student's centroid of the same cluster, except where the teacher has
-    several clusters close together, which K-means may have cut by chance. temperature <= 0: hard targets, the student's
-    centroids themselves. The released code (training/loss.py) makes the weights in every step.
+    At temperature .01 the target of a cluster is close to the student's centroid of that cluster. Where clusters of the
+    teacher lie close together, perhaps because K-means has cut one group, their targets are mixtures. A temperature
+    <= 0 gives hard targets, T = D. The released code (training/loss.py) makes the weights in every step.
     """
     with torch.autocast(student_centroids.device.type, enabled=False):
         C, D = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (teacher_centroids, student_centroids))
@@ -208,38 +212,40 @@ def expected_target(teacher_centroids, student_centroids, temperature):
 def proto_loss(features, student_centroids, target, labels, logit_scale):
     """P of this file's docstring: cross-entropy of a student's features over its centroids, with soft targets.
 
-    features: unit rows [B, d]; student_centroids [k, d]; target [k, d], of expected_target; labels [B]: the teacher's
-    cluster of each row; logit_scale: the factor r itself. Returns a scalar in at least fp32, also under autocast.
-    Features that say nothing have the loss ln k. It is a mean over this rank's rows against constants, so the mean over
-    ranks is the loss of the whole batch, and no rank needs another's features. The released code (training/loss.py)
-    gathers them without gradient and scores all of them on each rank.
+    features: unit rows [B, d]. student_centroids [k, d]: D. target [k, d]: T, of expected_target. labels [B]: the
+    teacher's cluster of each row. logit_scale: the factor r itself, not its log. Returns a scalar in at least fp32,
+    also under autocast. If all logits are equal, it is ln k. Each row is compared with constants only, so no rank needs
+    the features of another, and the mean over ranks is the loss of the whole batch. The released code
+    (training/loss.py) gathers the features without gradient, and each rank scores all of them.
     """
     with torch.autocast(features.device.type, enabled=False):
         h, D, T = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (features, student_centroids, target))
+        # the cross-entropy is linear in the targets: sum_k q_tk <h, D_k> = <h, T_t>
         return ((logit_scale * h @ D.T).logsumexp(1) - logit_scale * (h * T[labels]).sum(1)).mean()
 
 
 def projection_head(dim, hidden, out):
-    """The head between a tower and its clusters (released code: open_clip/model.py): [B, dim] -> [B, out], not of unit
-    norm. Its batch norm uses the statistics of its own rank."""
+    """The projection head behind a tower, with the layers of the released code (open_clip/model.py): [B, dim] ->
+    [B, out], not of unit norm. Its batch norm uses the statistics of its own rank, as there."""
     return nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
 def caption_features(ids, vocab, dim=64):
-    """Features of captions without any model: unit rows of TF-IDF over their tokens, reduced by a randomised SVD. They
-    are ours; the authors have RoBERTa's.
+    """Features of captions for an external teacher that needs no model: TF-IDF of the tokens in rows of unit norm,
+    reduced to dim columns by a randomised SVD. This teacher is ours; the authors have RoBERTa.
 
-    ids: a list of M lists of token ids below vocab. Returns float32 [M, dim], fewer columns where M or vocab is less.
+    ids: a list of M lists of token ids below vocab. Returns float32 [M, dim], not of unit norm, with fewer columns
+    if M or vocab is less.
     """
-    row = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(words) for words in ids]))
-    token = torch.tensor([token for words in ids for token in words], dtype=torch.int64)
+    row = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(caption) for caption in ids]))
+    token = torch.tensor([token for caption in ids for token in caption], dtype=torch.int64)
     shape, ones = (len(ids), vocab), torch.ones(len(row))
     counts = torch.sparse_coo_tensor(torch.stack([row, token]), ones, shape, check_invariants=True).coalesce()
-    row, token = counts.indices()
-    weight = counts.values() * torch.log(len(ids) / token.bincount(minlength=vocab)[token])
+    row, token = counts.indices()  # now each token of a caption once
+    weight = counts.values() * torch.log(len(ids) / token.bincount(minlength=vocab)[token])  # tf * log(M / df)
     norm = torch.zeros(len(ids)).index_add_(0, row, weight.square()).sqrt()
     tfidf = torch.sparse_coo_tensor(counts.indices(), weight / norm[row].clamp(min=1e-12), shape, check_invariants=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # svd_lowrank draws from the global generator
         torch.manual_seed(0)
         u, s, _ = torch.svd_lowrank(tfidf, min(dim, len(ids), vocab))
     return u * s
@@ -248,7 +254,7 @@ def caption_features(ids, vocab, dim=64):
 # encoders: OpenAI's towers under open_clip's parameter names
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU. Their weights need it; with plain GELU they load all the same and lose points."""
+    """OpenAI's approximation of GELU. OpenAI's weights need it; with plain GELU they load, but lose points."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -330,8 +336,8 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck. In both branches an average pool before a convolution of stride 1 takes the place of a
-    stride."""
+    """ResNet bottleneck. Where other ResNets have a convolution with a stride, both branches have an average pool and a
+    convolution of stride 1."""
 
     def __init__(self, inplanes, planes, stride=1):
         super().__init__()
@@ -342,7 +348,7 @@ class Bottleneck(nn.Module):
         self.avgpool = nn.AvgPool2d(stride)
         self.downsample = nn.Identity()
         if stride > 1 or inplanes != 4 * planes:
-            self.downsample = nn.Sequential(OrderedDict([
+            self.downsample = nn.Sequential(OrderedDict([  # under OpenAI's names
                 ("-1", nn.AvgPool2d(stride)),
                 ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)),
                 ("1", nn.BatchNorm2d(4 * planes))]))
@@ -355,8 +361,8 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """One attention step with heads of width 64. The query is the mean of the grid; keys and values are mean and
-    grid."""
+    """One attention step with heads of width 64. The only query is the mean of the grid's vectors; keys and values come
+    from this mean and from all vectors."""
 
     def __init__(self, grid, width, embed_dim):
         super().__init__()
@@ -377,11 +383,12 @@ class AttentionPool2d(nn.Module):
 
 @contextmanager
 def frozen_statistics(module):
-    """Inside the block, batch norms in training mode normalise as ever but leave their running statistics alone."""
+    """Inside the with statement, the module's batch norms normalise as in training, but do not update their running
+    statistics."""
     norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0., None  # add nothing to mean and variance, count no batch
+        norm.momentum, norm.num_batches_tracked = 0., None  # change no mean or variance, count no batch
     try:
         yield
     finally:
@@ -390,8 +397,8 @@ def frozen_statistics(module):
 
 
 def update_once(module):
-    """For torch.utils.checkpoint: the context in which a module with batch norms is computed in the forward pass, and
-    the one in which the backward pass computes it again."""
+    """context_fn of torch.utils.checkpoint for a module with batch norms. Returns two contexts: one for the forward
+    pass, and one for its repetition in the backward pass, which must not update the running statistics again."""
     return nullcontext(), frozen_statistics(module)
 
 
@@ -423,9 +430,8 @@ class ModifiedResNet(nn.Module):
         x = self.avgpool(self.bn3(self.conv3(x)).relu())
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                # torch.compile updates statistics once by itself, and takes no context_fn
-                contexts = {} if torch.compiler.is_compiling() else {"context_fn": partial(update_once, stage)}
-                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False,
+                               context_fn=partial(update_once, stage))
             else:
                 x = stage(x)
         return self.attnpool(x)
@@ -433,7 +439,7 @@ class ModifiedResNet(nn.Module):
 
 class CLIP(nn.Module):
     """The two towers and the scale. vision_layers: one number for a ViT, four (one a stage) for a ResNet."""
-    image_tower = VisionTransformer  # a method that changes the ViT names its own class here
+    image_tower = VisionTransformer  # a script with another ViT puts its class here
 
     def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context, vocab, text_width,
                  text_layers, quick_gelu=False):
@@ -449,8 +455,8 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_width ** -.5 * torch.randn(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))  # the log of s
         nn.init.normal_(self.token_embedding.weight, std=.02)
-        # out_proj and c_proj write 2 * text_layers outputs into one sum, so they start smaller by the root of that
-        # number
+        # The outputs of out_proj and c_proj of all blocks, 2 * text_layers of them, add up in the residual stream. So
+        # these two start smaller by the square root of that number.
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=text_width ** -.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * text_layers * text_width) ** -.5)
@@ -463,15 +469,16 @@ class CLIP(nn.Module):
 
     def text_tokens(self, tokens):
         """Token ids [B, L] -> the text tower's output at every position [B, L, C], before the projection. The tower is
-        causal: nothing after the end token matters, so the loader cuts batches after the longest caption."""
+        causal: what follows the end token does not change its feature. So the loader cuts a batch near the end of its
+        longest caption."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         return self.ln_final(self.transformer(x, causal=True))
 
     def encode_text(self, tokens, eot=None):
-        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: its places [B]; by default
-        the place of the largest id. Our tokenizer writes an end token at the end of a caption that it has to cut. The
-        released code of SLIP does not: the largest id of a long caption is then the start token, whose feature is the
-        same for all captions."""
+        """Token ids [B, L] -> features [B, D], not of unit norm, read at the end token. eot: positions [B] of the end
+        tokens. By default that is the position of the largest id, which is the end token unless a method adds an id. If
+        a caption is too long, our tokenizer puts the end token in the last place. The released code of SLIP only cuts.
+        Then the largest id is the start token, and its feature is the same for all long captions."""
         x = self.text_tokens(tokens)
         eot = tokens.argmax(-1) if eot is None else eot
         return x[torch.arange(len(x), device=x.device), eot] @ self.text_projection
@@ -484,7 +491,7 @@ class CLIP(nn.Module):
         return image_features, text_features, self.logit_scale.exp()
 
 
-MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 text layers where nothing else is said
+MODELS = {  # OpenAI's and open_clip's sizes, tiny ones ours; 224 pixels and 12 text layers if none are given
     "ViT-B-32": dict(embed_dim=512, patch_size=32, vision_width=768, vision_layers=12, text_width=512),
     "ViT-B-16": dict(embed_dim=512, patch_size=16, vision_width=768, vision_layers=12, text_width=512),
     "ViT-S-16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_layers=12, text_width=384),
@@ -498,12 +505,12 @@ MODELS = {  # sizes of OpenAI and open_clip, tiny ones ours; 224 pixels and 12 t
 
 def build(source, cls=CLIP, **overrides):
     """A model of class cls. source is a name in MODELS for a new model, or a state dict, whose shapes say the sizes.
-    overrides: keyword arguments of cls that replace or complete the sizes. A state dict does not tell quick_gelu."""
+    overrides: keyword arguments of cls that replace or complete the sizes, such as quick_gelu, which no shape says."""
     if isinstance(source, str):
         sizes = {"image_size": 224, "text_layers": 12, "context": 77, "vocab": 49408, **MODELS[source]}
         return cls(**{**sizes, **overrides})
 
-    def depth(prefix):
+    def depth(prefix):  # how many modules a list has
         return len({key[len(prefix):].split(".")[0] for key in source if key.startswith(prefix)})
 
     conv, positions = source["visual.conv1.weight"], source["positional_embedding"]
@@ -524,8 +531,8 @@ def build(source, cls=CLIP, **overrides):
 
 
 class ProtoCLIP(CLIP):
-    """CLIP with a projection head behind each tower, used only in training. The heads start equal. proto_loss has a
-    scale of its own, logit_scale_proto, because its softmax has K classes and CLIP's has N."""
+    """CLIP with a projection head behind each tower, and with a second scale, r = exp(logit_scale_proto), for
+    proto_loss. Only training uses them. The two heads start equal, as in the released code."""
 
     def __init__(self, embed_dim, proj_hidden=2048, proj_dim=128, **sizes):
         super().__init__(embed_dim, **sizes)
@@ -534,8 +541,8 @@ class ProtoCLIP(CLIP):
         self.logit_scale_proto = nn.Parameter(torch.tensor(math.log(1 / .07)))
 
     def forward(self, images, tokens):
-        """Images [B, 3, S, S], tokens [B, L] -> unit rows image_features, text_features [B, D], unit rows h_image,
-        h_text [B, d] behind the heads, and the factors s and r. The heads take features that are not of unit norm."""
+        """Images [B, 3, S, S], tokens [B, L] -> unit rows image_features and text_features [B, D], unit rows h_image
+        and h_text [B, d] behind the heads, and the factors s and r. What enters the heads is not of unit norm."""
         x, y = self.encode_image(images), self.encode_text(tokens)
         image_features, text_features, h_image, h_text = (
             F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)), dim=-1)
@@ -546,9 +553,10 @@ class ProtoCLIP(CLIP):
 # episodes
 
 def plan_episodes(pairs, batch_size, epochs, episode_size, prototypes, warmup):
-    """Cuts the size m of an episode to the data's and to whole batches, and the number K of prototypes to m / 10.
-    Returns m, K, the steps of an episode, and the steps of the run, which is as many episodes as come nearest to the
-    epochs. SystemExit if there is no prototype or the warm-up has too many steps."""
+    """Returns the size m of an episode, the number K of prototypes, the steps of an episode and the steps of the run.
+    m is at most the number of pairs, and a multiple of the batch size. K is at most m / 10. The run has as many
+    episodes as come nearest to its epochs, at least one. SystemExit if K would be 0, or if the warm-up is no shorter
+    than the run."""
     # The authors also cluster an incomplete last batch, on which they do not train.
     episode_size = min(episode_size, pairs) // batch_size * batch_size
     prototypes = min(prototypes, episode_size // 10)
@@ -564,12 +572,15 @@ def plan_episodes(pairs, batch_size, epochs, episode_size, prototypes, warmup):
 
 
 class Episode(nn.Module):
-    """The constants of an episode of m pairs, as buffers, so that they join the checkpoint. It stands outside DDP,
-    which would broadcast them in each step. A place is a number in range(m); a pair that is drawn twice has two.
+    """The constants of an episode of m pairs, as buffers, so that they join the checkpoint. The module stands outside
+    DDP, which would broadcast them in each step.
 
-    The loss has 2 terms, or 4 with an external teacher: 0 image taught by text, 1 text taught by image, 2 and 3 image
-    and text taught by the external teacher. samples [m]: the number in the data set of the pair at each place; labels
-    [terms, m]: the teacher's cluster of each place; centroids, targets [terms, K, d]: D and T of each term.
+    Places 0 to m - 1 number the pairs of the episode in the order in which training takes them. A pair that is drawn
+    twice has two places. The loss has 2 terms, or 4 with an external teacher. In term 0 the text teaches the image, in
+    term 1 the image the text; in terms 2 and 3 the external teacher teaches image and text.
+
+    samples [m]: the number in the data set of the pair at each place. labels [terms, m]: the teacher's cluster of each
+    place. centroids, targets [terms, K, d]: D and T of each term.
     """
 
     def __init__(self, size, prototypes, dim, external=False):
@@ -585,14 +596,16 @@ class Episode(nn.Module):
     def find_prototypes(self, h_image, h_text, samples, teacher, iters, restarts, temperature, seed):
         """Clusters the pairs of an episode and fills the buffers, which become equal on all ranks.
 
-        h_image, h_text [m/W, d], samples [m/W]: this rank's, as extract_features returns them. teacher: the external
-        teacher's features of the whole data set, an array [M, any], or None. iters, restarts, seed: of kmeans;
-        temperature: of expected_target. Returns seconds and mean squared distances to the centroids, for the log.
+        h_image, h_text [m/W, d], samples [m/W]: of this rank, as extract_features returns them. teacher: None, or the
+        external teacher's features of all M pairs of the data set, an array [M, any]. iters, restarts and seed go to
+        kmeans, temperature goes to expected_target. Returns a dict for the log: the seconds of clustering, and for each
+        modality the mean squared distance to the nearest centroid.
         """
         start, k, m = time.perf_counter(), self.centroids.shape[1], len(self.samples)
         with evaluator.full_fp32():
             by_image, C_image, image_objective = kmeans(h_image, k, iters, restarts, seed)
             by_text, C_text, text_objective = kmeans(h_text, k, iters, restarts, seed)
+            # of each term: the student's features, the teacher's labels and centroids, tau
             terms = [(h_image, by_text, C_text, temperature), (h_text, by_image, C_image, temperature)]
             if teacher is not None:
                 features = torch.from_numpy(teacher[samples.cpu().numpy()]).to(h_image.device, torch.float32)
@@ -610,38 +623,41 @@ class Episode(nn.Module):
 
 
 @torch.no_grad()
-def extract_features(model, loader, preprocess, amp, rank, world):
-    """Features of the pairs of an episode, of its places rank, rank + W, ...: unit rows h_image, h_text [m/W, d] behind
-    the heads, and the numbers of the pairs in the data set, samples [m/W]. All ranks call it.
+def extract_features(model, loader, augment, preprocess, amp, rank, world):
+    """The first pass over an episode. Returns the features behind the heads at the places rank, rank + W, ...: unit
+    rows h_image and h_text [m/W, d], and samples [m/W], the numbers of these pairs in the data set. All ranks call it.
 
-    model: runs in eval mode, and in DDP, which gives all ranks the running statistics of rank 0, if there are several
-    ranks. loader: of the batches of the episode. amp: dtype of autocast, or None.
+    model: a ProtoCLIP, which runs in eval mode. With several ranks it is inside DDP, which gives all ranks the running
+    statistics of rank 0. loader: gives the batches of the episode. augment: data.augment, perhaps compiled. amp: dtype
+    of autocast, or None.
     """
     device, rows = next(model.parameters()).device, []
     model.eval()
     for batch in loader:
         images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
         if "colors" in batch:
-            images = data.augment(images, batch["colors"].to(device, non_blocking=True))
+            images = augment(images, batch["colors"].to(device, non_blocking=True))
         with torch.autocast(device.type, amp, enabled=amp is not None):
             _, _, h_image, h_text, _, _ = model(preprocess.normalize(images), tokens)
+        # kmeans wants place p on rank p % W. So its starting rows are the same places for any number of ranks.
         rows.append([gather(x)[rank::world] for x in (h_image, h_text, batch["index"].to(device))])
     model.train()
     h_image, h_text, samples = map(torch.cat, zip(*rows))
-    # in fp16 a new RN50 may overflow in eval mode, where its batch norms still have the statistics 0 and 1
+    # with --warmup-episodes 0 the batch norms of an RN50 still have mean 0 and variance 1, and fp16 may overflow
     return h_image.nan_to_num(0, 0, 0), h_text.nan_to_num(0, 0, 0), samples
 
 
 def open_teacher(path, dataset, tokenizer, out, rank, anew):
-    """The external teacher's features, an array [M, any] that stays on disk, row i for pair i of the data set. path: a
-    .npy file, or None, which is returned, or "captions": then rank 0 makes teacher.npy in the folder out, if it is not
-    there or anew is true. All ranks call it. SystemExit if the file cannot be written or does not fit."""
+    """The external teacher's features: an array [M, any] that stays on disk, whose row i belongs to pair i of the data
+    set; None if path is None. path: a .npy file, or "captions". For "captions" rank 0 makes teacher.npy in the folder
+    out, if the file is not there or anew is true. All ranks call it. SystemExit if the file cannot be written or does
+    not fit the data set."""
     if path is None:
         return None
     if path == "captions":
         path = Path(out, "teacher.npy")
-        # Rank 0 takes two minutes a million pairs, and NCCL gives up on a rank after ten minutes. So the others wait
-        # in a group with another limit.
+        # Rank 0 takes two minutes for a million pairs, and NCCL gives up on a rank after ten minutes. So the other
+        # ranks wait in a process group with a longer limit.
         waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if dist.is_initialized() else None
         if rank == 0 and (anew or not path.exists()):
             try:
@@ -666,12 +682,16 @@ def open_teacher(path, dataset, tokenizer, out, rank, anew):
 
 # views and picture
 
-AUGMENT = {  # range of the share of a picture's area that a crop keeps, and the arguments of data.color_params: jitter
-    # holds a probability and the ranges of brightness, contrast, saturation and hue; the others are probabilities
-    "clip": ((.5, 1.), dict()),  # SLIP's and DeCLIP's CLIP baselines; open_clip has (.9, 1); none changes colours
+AUGMENT = {  # Two entries for each method: how much of a picture's area a crop keeps (a range), and arguments of
+    # data.color_params. jitter holds a probability and the ranges of brightness, contrast, saturation and hue. The
+    # other arguments are probabilities.
+    "clip": ((.5, 1.), dict()),  # as in SLIP's and DeCLIP's baselines; open_clip has (.9, 1.), and no colours either
     "declip": ((.2, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),  # MoCo v2's
     "protoclip": ((.5, 1.), dict(flip=.5, jitter=(.2, .8, .8, .8, .2), grey=.2, blur=.2)),
-    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),  # a flip hinders mapping
+    # SLIP changes only the two crops that SimCLR compares
+    "slip": ((.08, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),
+    # no flip, so that a place in one crop is found in another by shift and scale
+    "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),
 }
 
 
@@ -686,18 +706,20 @@ def views(image, caption, rng, tokenizer, size, augment):
 
 
 def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
-    """Writes twelve pictures of a data set. Under each stand the three texts that the model ranks highest among the
-    texts of 64 pictures: captions, or class names where there are no captions. A star marks the picture's own text."""
+    """Writes a sheet of some pictures of a data set (show of them). Under each stand the three texts that the model
+    ranks highest among the texts of count pictures. Texts are captions, or class names where the data set has no
+    captions. A star marks the picture's own text."""
     device, training = model.logit_scale.device, model.training
     pictures = evaluator.Pictures(dataset, preprocess.size)
     places = range(0, len(dataset), max(1, len(dataset) // count))[:count]
-    images = [(i, image) for image, i in map(pictures.__getitem__, places) if i >= 0][:show]
+    readable = [(i, image) for image, i in (pictures[place] for place in places) if i >= 0]  # i is -1 for the others
+    images = readable[:show]
     own = {i: (dataset.captions(i) or [dataset.classnames[dataset.label(i)]])[0] for i in places}
     texts = sorted(set(own.values()))
     model.eval()
     with torch.inference_mode():
         batch = torch.stack([image for _, image in images]).to(device)
-        image_features = model.encode_image(preprocess.normalize(batch))
+        image_features = model.encode_image(preprocess.normalize(batch))  # their norm does not change the ranking
         text_features = F.normalize(model.encode_text(tokenizer(texts).to(device)), dim=-1)
         best = (image_features @ text_features.T).topk(min(3, len(texts)), 1).indices.tolist()
     model.train(training)
@@ -706,8 +728,9 @@ def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
 
 
 def prototype_picture(out, dataset, episode, size, rows=12, members=5):
-    """Once there are clusters, writes image-prototypes.png and text-prototypes.png into the folder out: a row for each
-    of the largest clusters, with some of its pairs, its number and its count. size: side of a picture in pixels."""
+    """Writes image-prototypes.png and text-prototypes.png into the folder out, once there are clusters. Each row shows
+    some pairs of one of the largest clusters. Their captions begin with the cluster's number and count. size: side of a
+    picture in pixels."""
     if not episode.centroids.any():
         return
     samples = episode.samples.cpu()
@@ -723,19 +746,20 @@ def prototype_picture(out, dataset, episode, size, rows=12, members=5):
 
 
 RECIPES = {  # batch size of all ranks together, warm-up in steps; K = m / 10 as in the README of the released code
-    # toy and small are ours. The episodes of toy hold all of its pairs. It keeps colours, because captions name them.
+    # toy and small are ours. An episode of toy has as many pairs as its data. It keeps colours, because captions name
+    # them.
     "toy": dict(
         model="tiny", batch_size=128, epochs=48, lr=1e-3, warmup=50, weight_decay=.1, augment="clip",
         eval="toy-tune,toy", eval_every=6, episode_size=1024, prototypes=100, warmup_episodes=6),
     "small": dict(
         model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="protoclip",
         episode_size=20_000, prototypes=2000, warmup_episodes=1),
-    # README of the released code, on 8 GPUs and 2.5 M of the pairs. On one GPU it has batch 64, lr 5e-5, warm-up 2000
-    # and 8 epochs, and reaches 14.5 % (CLIP: 12.3).
+    # README of the released code, for 8 GPUs and 2.5 M of the pairs: 21.5 % (CLIP: 19.5). Its run on one GPU has batch
+    # 64, lr 5e-5, warm-up 2000 and 8 epochs, and reaches 14.5 % (CLIP: 12.3).
     "cc3m": dict(
         model="RN50", batch_size=512, epochs=32, lr=5e-4, warmup=15_625, weight_decay=.5, augment="protoclip",
         episode_size=200_000, prototypes=20_000, warmup_episodes=1),
-    # No recipe was released: clip.py's, with the episodes of cc3m.
+    # No recipe was released. These are clip.py's values, with the augmentation and the episodes of cc3m.
     "cc12m": dict(
         model="ViT-B-16", batch_size=4096, epochs=35, lr=5e-4, warmup=2600, weight_decay=.5, augment="protoclip",
         episode_size=200_000, prototypes=20_000, warmup_episodes=1),
@@ -752,6 +776,7 @@ def main(argv=None):
     # data
     dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root)
     epoch_steps = fill_in(args, dataset, world, device)
+    # steps: of an episode; total: of the run
     args.episode_size, args.prototypes, steps, total = plan_episodes(
         len(dataset), args.batch_size, args.epochs, args.episode_size, args.prototypes, args.warmup)
     args.image_size = args.image_size or MODELS[args.model].get("image_size", 224)
@@ -775,7 +800,7 @@ def main(argv=None):
             module.checkpoint_activations = args.checkpoint_activations
     if isinstance(model.visual, ModifiedResNet):
         model.visual.to(memory_format=torch.channels_last)
-    # the authors' values, for ResNets and for ViTs; their heads have no weight decay
+    # The authors' betas and eps differ between ResNets and ViTs. Their heads have no weight decay.
     betas, eps = ((.9, .999), 1e-8) if isinstance(model.visual, ModifiedResNet) else ((.9, .98), 1e-6)
     optimizer = torch.optim.AdamW(
         param_groups(model, args.weight_decay, ("image_head.", "text_head.")), args.lr, betas, eps, fused=True)
@@ -793,14 +818,14 @@ def main(argv=None):
     running = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # statistics of batch norms
     augment = torch.compile(data.augment) if args.compile else data.augment
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # one graph of the whole model
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at its buckets
         model.compile()
     parallel = model if world == 1 else DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    # bf16 has fp32's range and needs no loss scaling; fp16 does, and large ViTs have diverged in it
+    # bf16 has the range of fp32. fp16 does not, so it needs a GradScaler, and large ViTs have diverged in it.
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     if rank == 0:
-        start_log(args, saved, dataset, model, f"{total} steps on {world} x {device.type}")
+        start_log(args, saved, dataset, model, f"{total} steps in {total // steps} episodes on {world} x {device.type}")
     saved = None  # gigabytes that nobody needs any more
 
     def save(name):
@@ -810,10 +835,12 @@ def main(argv=None):
                             rng=torch.get_rng_state())
 
     def evaluate():
-        """After an episode in which tests are due, or at the start of a run that was killed before them."""
+        """Tests the model after an episode with tests due, or at the start of a resumed run that was killed before its
+        tests."""
         nonlocal tested, best
-        due = args.eval_every * epoch_steps  # steps between tests
-        if step % steps or step == tested or (step // due == (step - steps) // due and step < total):
+        period = args.eval_every * epoch_steps  # tests are due in the episode that completes a period
+        due = step % steps == 0 and (step // period > (step - steps) // period or step == total)
+        if not due or step == tested:
             return
         tests = args.eval.split(",") if args.eval else []
         results = evaluator.evaluate(model, tokenizer, preprocess, tests, amp, args.workers, root=args.data_root)
@@ -824,8 +851,8 @@ def main(argv=None):
             tqdm.write(f"step {step} of {total}: {evaluator.summary(results) or 'no tests'}")
             write_log(args.out, step=step, eval=results)
         tested = step
-        scores = [result[result["metric"]] for result in results.values()]
-        if scores and scores[0] > best:  # by the first test
+        scores = [result[result["metric"]] for result in results.values()]  # each test names its usual metric
+        if scores and scores[0] > best:  # the first test decides
             best = scores[0]
             save("best.pt")
         save("last.pt")
@@ -838,18 +865,19 @@ def main(argv=None):
         for number in range(step // steps, total // steps):
             batches.epoch = number
             batches.indices = sample_episode(args.seed, number, args.episode_size, len(dataset))
-            # Clusters of an untrained model mean nothing. The heads run all the same, because DDP waits for them. The
-            # authors have weights of 0 in the last two episodes too, where all learning rates are near 0 anyway.
+            # In the first episodes the weights are 0, because clusters of an untrained model mean nothing. The heads
+            # run all the same: DDP waits for their gradients. The authors also have weights of 0 in the last two
+            # episodes, where all learning rates are near 0 anyway.
             warm = number >= args.warmup_episodes
             w_proto, w_external = (args.w_proto, args.w_external) if warm else (0., 0.)
             if step % steps == 0 and (w_proto or (w_external and teacher is not None)):
                 bar.set_postfix_str("extracting features")
                 batches.start, batches.stream = 0, 1  # the order of training, but other crops
-                h_image, h_text, samples = extract_features(parallel, loader, preprocess, amp, rank, world)
+                h_image, h_text, samples = extract_features(parallel, loader, augment, preprocess, amp, rank, world)
                 row = episode.find_prototypes(h_image, h_text, samples, teacher, args.kmeans_iters,
                                               args.kmeans_restarts, args.target_temperature, args.seed)
                 row["extract_seconds"] = time.perf_counter() - meter.start - row["cluster_seconds"]
-                if rank == 0:  # a line of the next step, because a run that resumes here clusters again
+                if rank == 0:  # under the next step: a run that resumes here clusters again and drops this line
                     write_log(args.out, step=step + 1, episode=number, **row)
                 meter.clear(step)
             batches.start, batches.stream = step % steps, 0
@@ -857,7 +885,7 @@ def main(argv=None):
                 images, tokens = (batch[name].to(device, non_blocking=True) for name in ("images", "tokens"))
                 if "colors" in batch:
                     images = augment(images, batch["colors"].to(device, non_blocking=True))
-                statistics = torch.cat(running) if running else None
+                statistics = torch.cat(running) if running else None  # put back if the gradient is not finite
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     image_features, text_features, h_image, h_text, logit_scale, logit_scale_proto = parallel(
                         preprocess.normalize(images), tokens)
@@ -871,10 +899,11 @@ def main(argv=None):
                 loss = clip + w_proto * proto + w_external * external
                 losses = {"loss": loss, "clip": clip, "proto": proto, "external": external}
 
-                # the step; if the gradient is not finite, weights and states stay as they are. DDP has averaged it, so
-                # all ranks agree.
+                # the step. If the gradient is not finite, the step is bad: weights, moments and statistics stay as they
+                # are. DDP has averaged the gradient, so all ranks agree on that.
+                lr = lr_at(step, total, args.warmup, args.lr)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, total, args.warmup, args.lr)
+                    group["lr"] = lr
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
@@ -883,24 +912,26 @@ def main(argv=None):
                 nn.utils.clip_grads_with_norm_(model.parameters(), args.clip_grad, norm)
                 losses["grad_norm"] = norm
                 good = norm.isfinite()
-                optimizer.found_inf = 1 - good.float()  # fused AdamW skips the step if it is 1, and the host never asks
+                # Fused AdamW skips the step, on the device, if found_inf is 1. GradScaler uses this for overflows of
+                # fp16; here it stands for any bad step.
+                optimizer.found_inf = 1 - good.float()
                 optimizer.step()
                 scaler.update()
                 with torch.no_grad():
                     if running:
                         kept = torch.cat(running).where(good, statistics)
                         torch._foreach_copy_(running, kept.split([len(buffer) for buffer in running]))
-                    model.logit_scale.clamp_(0, math.log(100))  # a clamped exp would get no gradient
+                    model.logit_scale.clamp_(0, math.log(100))  # a clamp in the forward pass would stop the gradient
                     model.logit_scale_proto.clamp_(0, math.log(100))
                 step += 1
 
-                # meter.row waits for the device, nothing else in the loop does; several ranks can only stop here
-                # together
+                # meter.row makes the host wait for the device, so it is not called in every step. After SIGTERM one
+                # process stops at once. Several ranks tell each other in meter.row, so they stop at the next log line.
                 meter.add(good, losses)
                 if step % args.log_every == 0 or step % steps == 0 or (stop and world == 1):
                     row, stopped = meter.row(step, stop)
                     if rank == 0:
-                        row |= dict(lr=group["lr"], logit_scale=logit_scale.item())
+                        row |= dict(lr=lr, logit_scale=logit_scale.item())
                         row |= dict(logit_scale_proto=logit_scale_proto.item())
                         write_log(args.out, step=step, episode=number, **row)
                     bar.set_postfix_str(f"loss {row['loss'] or math.nan:.3f}, {row['pairs_per_second']:.0f} pairs/s")
@@ -908,11 +939,11 @@ def main(argv=None):
                     if stopped:
                         save("last.pt")
                         leave(f"stopped by SIGTERM and saved at step {step}; the same command goes on from there")
-                if step % 1000 == 0 and step % steps:
+                if step % 1000 == 0 and step % steps:  # a multiple of steps is saved below
                     save("last.pt")
             save("last.pt")  # before the tests, which take their time
             evaluate()
-            meter.clear(step)
+            meter.clear(step)  # the time of the tests does not count
     bar.close()
     if rank == 0:
         print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
@@ -923,7 +954,7 @@ def main(argv=None):
 # the run: flags, schedule, parameter groups, resume, log, checkpoints, process group
 
 def positive(text):
-    """argparse's type for the whole numbers from 1."""
+    """A whole number of at least 1, as a type for argparse."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -936,50 +967,52 @@ def parse_args(argv=None):
     add("--data", default="toy",
         help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
     add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default: $CLIP_DATA or ./datasets)")
-    add("--recipe", choices=RECIPES, help="default: the name of --data; else small (under 100,000 pairs) or cc3m")
+    add("--recipe", choices=RECIPES, help="default: the one named as --data; else small (under 100,000 pairs) or cc3m")
     add("--model", choices=MODELS)
     add("--image-size", type=positive, help="side of the pictures in pixels (default: the model's)")
-    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights that know it")
+    add("--quick-gelu", action="store_true", help="OpenAI's activation, for --init with weights trained with it")
     add("--batch-size", type=positive, help="pairs a step, all ranks together")
     add("--epochs", type=positive)
     add("--lr", type=float)
-    add("--warmup", type=int, help="steps")
+    add("--warmup", type=int, help="steps in which the learning rate rises")
     add("--weight-decay", type=float)
     add("--augment", choices=AUGMENT, help="the image augmentation of that method")
     add("--amp", choices=("bf16", "fp16", "off"), help="default: bf16 or else fp16 on a GPU, off on a CPU")
-    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is the best by the first")
-    add("--eval-every", type=positive, help="epochs (default: 1)")
+    add("--eval", help="comma list of tests: toy, folders, names in eval.py; best.pt is chosen by the first")
+    add("--eval-every", type=positive, help="epochs from test to test (default: 1)")
     add("--init", help="start from these weights: a checkpoint of ours, OpenAI's or open_clip's")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpoint-activations", action="store_true", help="towers keep less and compute a third more")
-    add("--workers", type=int, help="processes a rank that read data (default: its share of the cores; none for toy)")
+    add("--compile", action="store_true", help="torch.compile the model and the augmentation")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more computation in the towers")
+    add("--workers", type=int,
+        help="processes that read data for each rank (default: its share of the cores, at most 12; toy on a CPU: none)")
     add("--seed", type=int, default=0)
     add("--limit", type=positive, help="only the first N pairs")
-    add("--subset", help="only pairs whose keys are in this file, one a line; after a tab, another caption")
-    add("--bpe", help="merges of the tokenizer: a file, or train (default: train for toy, else $CLIP_BPE or OpenAI's)")
-    add("--log-every", type=positive, default=20, help="steps")
+    add("--subset", help="only pairs whose keys are in this file, one a line; a caption after a tab replaces their own")
+    add("--bpe", help="merges of the tokenizer: a file, or train, which learns them from the captions (default: train "
+        "for toy, else $CLIP_BPE or OpenAI's)")
+    add("--log-every", type=positive, default=20, help="steps from log line to log line")
     add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("ProtoCLIP").add_argument
-    add("--episode-size", type=positive, help="m, pairs between two clusterings; at most all, in whole batches")
-    add("--prototypes", type=positive, help="K, clusters of each modality; at most a tenth of the episode")
-    add("--kmeans-iters", type=positive, default=20)
-    add("--kmeans-restarts", type=positive, default=3)
+    add("--episode-size", type=positive, help="m, pairs of an episode; cut to all pairs and to whole batches")
+    add("--prototypes", type=positive, help="K, clusters of each modality; cut to a tenth of the episode")
+    add("--kmeans-iters", type=positive, default=20, help="steps of K-means, at most")
+    add("--kmeans-restarts", type=positive, default=3, help="runs of K-means, of which the best counts")
     add("--target-temperature", type=float, default=.01, help="tau of the soft targets; 0: hard targets")
     add("--w-proto", type=float, default=1., help="weight of what the other modality's clusters teach")
     add("--w-external", type=float, default=1., help="weight of what the clusters of --teacher-features teach")
-    add("--teacher-features", help="the external teacher: a .npy [pairs, any] in the order of the data, or captions, "
-        "features made of the captions' words (default: none)")
-    add("--warmup-episodes", type=int, help="first episodes, which have CLIP's loss only")
+    add("--teacher-features", help="the external teacher: a .npy [pairs, any] in the order of the data, or the word "
+        "captions for features made of the captions' words (default: no external teacher)")
+    add("--warmup-episodes", type=int, help="how many episodes at the start have CLIP's loss only")
     add("--proj-hidden", type=positive, default=2048, help="width of the projection heads")
     add("--proj-dim", type=positive, default=128, help="dimensions of the features that are clustered")
-    add("--clip-grad", type=float, default=10., help="largest norm of the gradient")
+    add("--clip-grad", type=float, default=10., help="a gradient of a larger norm is scaled down to this norm")
     return parser.parse_args(argv)
 
 
 def fill_in(args, dataset, world, device):
-    """Gives every flag that was not given its value, from the recipe, the model and the machine. Returns the steps of
-    an epoch. SystemExit where the values do not fit together."""
+    """Sets each flag that the command line left open, by the recipe, the data and the machine. Returns the number of
+    steps in an epoch. SystemExit if the values do not fit together."""
     if not args.recipe and args.data in RECIPES:
         args.recipe = args.data
     elif not args.recipe and isinstance(dataset, data.ToyDataset):
@@ -1006,15 +1039,18 @@ def fill_in(args, dataset, world, device):
         raise SystemExit(
             f"{len(dataset)} pairs make {steps * args.epochs} steps in {args.epochs} epochs of batches of "
             f"{args.batch_size}: too few for --warmup {args.warmup}; lower --batch-size or --warmup, or raise --epochs")
+    if args.compile and args.checkpoint_activations and MODELS[args.model]["patch_size"] is None:
+        raise SystemExit("--checkpoint-activations of a ResNet does not go with --compile, because torch.compile knows "
+                         "no context_fn: leave one of them out")
     for test in args.eval.split(",") if args.eval else ():
-        evaluator.open_test(test, root=args.data_root)  # a wrong name should not cost an epoch
+        evaluator.open_test(test, root=args.data_root)  # so that a wrong name is found now, not after an epoch
     return steps
 
 
 def lr_at(step, total, warmup, lr, start=0., end=0.):
-    """Learning rate of step 0 .. total-1: a line up to lr over the warmup steps, then half a cosine down to end. With
-    start 0 the first step has lr / warmup, as in open_clip. With start > 0 the line begins at start and reaches lr in
-    the last warm-up step, as in SLIP and DeCLIP."""
+    """Learning rate of a step; the first step is 0, the last total - 1. It rises on a straight line and is lr in the
+    last warm-up step. Then it falls along half a cosine towards end. If start is 0, step 0 has lr / warmup,
+    as in open_clip. If start is above 0, step 0 has start, as in SLIP and DeCLIP."""
     if step < warmup and start:
         return start + (lr - start) * (step / max(1, warmup - 1))
     if step < warmup:
@@ -1023,8 +1059,9 @@ def lr_at(step, total, warmup, lr, start=0., end=0.):
 
 
 def param_groups(model, weight_decay, no_decay=()):
-    """Two AdamW groups of the trainable parameters. Matrices decay, the token table and positions too (newer open_clip
-    spares positions). Vectors and scalars do not, nor do names that start with one of no_decay."""
+    """The trainable parameters in two groups for AdamW. The first has weight decay: all parameters of two or more
+    dimensions, the token table and positions included (newer open_clip does not decay positions). The second has none:
+    vectors and scalars, and parameters whose name starts with one of no_decay."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.ndim >= 2 and not name.startswith(tuple(no_decay)):
@@ -1035,7 +1072,7 @@ def param_groups(model, weight_decay, no_decay=()):
 
 
 def load_towers(model, state, args):
-    """Loads state, the weights of two towers, into a model that may have other parts too. SystemExit if shapes
+    """Loads state, the weights of two towers, into a model that may have other parts too. SystemExit if names or shapes
     differ."""
     own = {key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in evaluator.ENCODERS}
     if {key: value.shape for key, value in state.items()} != own:
@@ -1045,7 +1082,7 @@ def load_towers(model, state, args):
 
 
 def describe(args, dataset, tokenizer, preprocess, sizes):
-    """What a checkpoint says beside its states: enough to use the model, and to know whether a run may go on from
+    """What a checkpoint holds beside the states: enough to use the model, and to know whether a run may go on from
     it."""
     merges = "\n".join(map(" ".join, tokenizer.merges))
     return dict(script=Path(__file__).stem, flags=vars(args), data=data.fingerprint(dataset), sizes=sizes,
@@ -1054,15 +1091,19 @@ def describe(args, dataset, tokenizer, preprocess, sizes):
 
 def find_run(args, about, device):
     """The checkpoint in --out from which this run goes on, or None. about: what describe returns. SystemExit if the
-    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints."""
+    checkpoint is of another script, of other flags or of other data, or if the ranks see different checkpoints or
+    data."""
     path, saved = Path(args.out, "last.pt"), None
-    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun starts the same command again
+    # After a crash torchrun starts the same command again. A --restart in it was meant for the first start only.
+    crashed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if path.exists() and (crashed or not args.restart):
         saved = load_checkpoint(path)
-        # Data and merges are compared below, by content. A recipe only gives values to flags, which are compared.
-        free = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
-        changed = [f"--{name.replace('_', '-')} {value} (was {saved['flags'].get(name)})"
-                   for name, value in vars(args).items() if name not in free and value != saved["flags"].get(name)]
+        # Flags that may differ. Pairs and merges may have another name or place, because their content is compared
+        # below. A recipe only sets other flags, and these are compared.
+        may_differ = ("epochs", "workers", "out", "restart", "recipe", "data", "data_root", "subset", "limit", "bpe")
+        before = saved["flags"]
+        changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})"
+                   for name, value in vars(args).items() if name not in may_differ and value != before.get(name)]
         for name, what in (("data", "other pairs"), ("merges", "other merges of the tokenizer")):
             if saved[name] != about[name]:
                 changed.append(what)
@@ -1071,7 +1112,7 @@ def find_run(args, about, device):
                 f"{args.out} holds a run of {saved['script']}.py with other flags or data: {', '.join(changed)}; "
                 "give the same ones to resume it, another --out, or --restart to begin anew")
     step, tested = (saved["step"], saved["tested"]) if saved else (0, 0)
-    fingerprint = int(about["data"][:12], 16)  # its first hexadecimal digits
+    fingerprint = int(about["data"][:12], 16)  # the first 12 hexadecimal digits fit into int64
     everywhere = gather(torch.tensor([[step, tested, fingerprint]], device=device))  # [W, 3]
     if (everywhere != everywhere[0]).any():
         raise SystemExit(f"ranks disagree on (step, tested step, data): {everywhere.tolist()}; --out and --data must "
@@ -1081,8 +1122,8 @@ def find_run(args, about, device):
 
 def start_log(args, saved, dataset, model, plan):
     """Rank 0 calls it before the first step. It makes the folder --out. With --restart it deletes the checkpoints of an
-    earlier run. If this run resumes, it cuts the log back to the checkpoint. Then it prints all values in force, and
-    the text plan. SystemExit if --out cannot be written."""
+    earlier run. If this run resumes, it cuts the log back to the checkpoint. Then it prints all values in force, the
+    sizes of data and model, and plan, a text. SystemExit if --out cannot be written."""
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -1091,7 +1132,8 @@ def start_log(args, saved, dataset, model, plan):
             (out / "last.pt").unlink(missing_ok=True)
             (out / "best.pt").unlink(missing_ok=True)
         if saved and (out / "log.jsonl").exists():
-            # rows of tests up to the last step that was tested, other rows up to the last step that was saved
+            # Keep rows of tests up to the step that was tested last, other rows up to the step of the checkpoint. A row
+            # that a kill cut short goes too.
             rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
             rows = [row for row in rows if row.endswith("}\n") and
                     json.loads(row).get("step", 0) <= (saved["tested"] if '"eval"' in row else saved["step"])]
@@ -1115,12 +1157,14 @@ def write_log(out, **row):
 
 
 class Meter:
-    """What happens between two log lines. Losses are summed on the device, so that no step waits for the host. failed
-    is the number of pictures replaced since the run began, bad the number of steps whose gradient was not finite."""
+    """Adds up what happens between two log lines. Losses are summed on the device, so that the host need not wait for
+    the device in each step. Two
+    numbers count from the start of the run. failed counts unreadable pictures, which the loader replaced by others. bad
+    counts steps whose gradient was not finite."""
 
     def __init__(self, out, batch_size, device):
         self.out, self.batch_size, self.device, self.failed, self.bad = out, batch_size, device, 0, 0
-        self.streak = torch.zeros((), device=device)  # bad steps, one after the other
+        self.streak = torch.zeros((), device=device)  # number of bad steps in a row, up to now
         self.clear(0)
 
     def state_dict(self):
@@ -1131,10 +1175,11 @@ class Meter:
 
     def clear(self, step):
         """Begins a new line after this step."""
-        self.step, self.sums, self.skipped, self.waited, self.start = step, 0, 0, 0., time.perf_counter()
+        self.step, self.start = step, time.perf_counter()
+        self.sums, self.skipped, self.waited = 0, 0, 0.
 
     def watch(self, loader):
-        """Iterates over the loader; counts the seconds that it is waited for and the pictures that it replaced."""
+        """Iterates over the loader. Adds up the seconds spent waiting for it, and the pictures that it replaced."""
         tick = time.perf_counter()
         for batch in loader:
             self.waited += time.perf_counter() - tick
@@ -1143,29 +1188,31 @@ class Meter:
             tick = time.perf_counter()
 
     def add(self, good, losses):
-        """One step. good: bool tensor []; losses: {name: scalar tensor}, of which bad steps are left out."""
+        """Adds one step. good: bool tensor []; losses: {name: scalar tensor}. The losses of a bad step do not count."""
         self.names = list(losses)
         self.streak = (self.streak + 1).where(~good, 0)
         row = torch.stack([good, *losses.values()]).detach()  # its first number is 1 if the step was good
         self.sums = self.sums + row.where(good, 0)
 
     def row(self, step, stop):
-        """The log line over all ranks, as a dict, and whether any rank was told to stop; begins a new line. SystemExit
-        if too many pictures fail or 20 steps in a row were bad."""
+        """Returns the log line of all ranks, a dict, and whether any rank was told to stop. A loss is its mean over the
+        good steps, or None if all were bad. Begins a new line. SystemExit if too many pictures failed or 20 steps in a
+        row were bad."""
+        # of each rank: number of good steps, sum of each loss over them, streak, skipped, waited, signals to stop
         here = self.sums.new_tensor([self.skipped, self.waited, len(stop)])
         everywhere = gather(torch.cat([self.sums, self.streak[None], here])[None])  # [W, columns]
-        columns = everywhere.mean(0).tolist()
-        fine, means = columns[0], columns[1:-4]  # number of good steps, sum of each loss over them
+        columns = everywhere.mean(0).tolist()  # means over the ranks
+        good_steps, sums = columns[0], columns[1:-4]
         streak, skipped, waited, stopped = columns[-4:]
         count, seconds = step - self.step, time.perf_counter() - self.start
         self.failed += round(skipped * len(everywhere))
-        self.bad += round(count - fine)
+        self.bad += round(count - good_steps)
         data.check_skipped(self.failed, step * self.batch_size)
         if streak >= 20:
             last = Path(self.out, "last.pt")
             raise SystemExit("20 steps in a row without a finite gradient; "
                              f"the last good weights are in {last if last.exists() else 'no file yet'}")
-        row = {name: mean / fine if fine else None for name, mean in zip(self.names, means)}
+        row = {name: total / good_steps if good_steps else None for name, total in zip(self.names, sums)}
         row |= dict(pairs_per_second=count * self.batch_size / seconds, waited=waited)
         row |= dict(skipped=self.failed, bad_steps=self.bad)
         if self.device.type == "cuda":
@@ -1175,12 +1222,12 @@ class Meter:
 
 
 def save_checkpoint(path, **state):
-    """Writes state (tensors and plain Python values only) and renames, so that a kill leaves the old file or the
-    new."""
+    """Writes state (tensors and plain Python values only) to a temporary file, then renames that to path. So a kill
+    leaves the old file or the new one. SystemExit if it cannot be written."""
     try:
         torch.save(state, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: on a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         Path(f"{path}.tmp").unlink(missing_ok=True)
         raise SystemExit(f"{path} cannot be written: {error}") from None
 
@@ -1211,14 +1258,15 @@ def catch_sigterm():
 
 
 def leave(message):
-    """SystemExit with the message once all ranks are here, so that rank 0 has saved."""
+    """Waits until all ranks are here, so that rank 0 has saved. Then raises SystemExit with the message."""
     if dist.is_initialized():
         dist.barrier()
     raise SystemExit(message)
 
 
 def init_distributed():
-    """rank, world size and device of this process, from the environment that torchrun sets; 0 and 1 without it."""
+    """Rank, world size and device of this process, from the environment that torchrun sets. Without torchrun the rank
+    is 0 and the world size 1."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -1228,7 +1276,7 @@ def init_distributed():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1 and not dist.is_initialized():
-        store, *_ = next(dist.rendezvous("env://"))
+        store = next(dist.rendezvous("env://"))[0]
         # torchrun's store keeps what a crashed attempt left in it, so each attempt gets a prefix of its own
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)

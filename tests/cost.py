@@ -1,15 +1,17 @@
-"""README's table of cost: what a step of each script takes, against clip.py's at the same model, size and augmentation.
+"""The table of cost: what a step of each script takes, against clip.py's at the same model, size and augmentation.
 
     python tests/cost.py                                       on a CPU: batches of 4 pairs, some minutes a row
     python tests/cost.py --batch-size 512 --amp bf16 --compile     on a GPU
     python tests/cost.py declip aclip                          these rows only
     python tests/cost.py open_clip                             open_clip's own step beside clip.py's, eager and compiled
 
-Each script's own `main` trains here on one fixed batch, which is read once, so that no loader is measured. Captions are 20
-words of one token each, which the loader cuts to 24 tokens. The rate of a run is the median over its log intervals but the
-first. The two commands of a row run in turn, --rounds times, and the fastest round counts.
-MFU divides the FLOPs of forward and backward pass by the device's peak. It is printed twice: with the tokens as they are fed
-(24), and as if all 77 positions had been computed. FLOPs are counted by torch in one eager step; augmentation is not counted.
+Each script's own `main` trains here on one fixed batch, which is read once, so that no loader is measured. Captions
+are 20 words of one token each, which the loader cuts to 24 tokens. The rate of a run is the median over its log
+intervals but the first. The two commands of a row run in turn, --rounds times, and the fastest round counts.
+
+MFU divides the FLOPs of forward and backward pass by the device's peak. It is printed twice: with the tokens as they
+are fed (24), and as if all 77 positions had been computed. Torch counts the FLOPs in one eager step, without
+augmentation.
 """
 import argparse
 import gc
@@ -40,19 +42,21 @@ ROWS = {  # script and flags; the same of its baseline; pairs of a batch on a GP
     "clip": ("clip --model ViT-B-16", "clip --model ViT-B-32", 512),
     "declip": ("declip --model ViT-B-32 --augment declip", "clip --model ViT-B-32 --augment declip", 512),
     "declip-rn50": ("declip --model RN50 --augment declip", "clip --model RN50 --augment declip", 128),
-    "protoclip": ("protoclip --model RN50 --augment protoclip --warmup-episodes 0 --episode-size 9999999 --kmeans-iters 5",
+    "protoclip": ("protoclip --model RN50 --augment protoclip --warmup-episodes 0 --episode-size 9999999",
                   "clip --model RN50 --augment protoclip", 64),
     "aclip": ("aclip --model ViT-B-16 --augment aclip", "clip --model ViT-B-16 --augment aclip", 512),
-    "aclip-eff": ("aclip --model ViT-B-16 --augment aclip --ema-size 112", "clip --model ViT-B-16 --augment aclip", 512),
+    "aclip-eff": ("aclip --model ViT-B-16 --augment aclip --ema-size 112",
+                  "clip --model ViT-B-16 --augment aclip", 512),
     "tinyclip": (STUDENT, f"{STUDENT} --init none --alpha 0 --logit-scale 0", 512),
+    "slip": ("slip --model ViT-B-16 --augment slip", "clip --model ViT-B-16 --augment slip", 512),
     "tinyclip-cached": (f"{STUDENT} --cache-teacher-text", f"{STUDENT} --init none --alpha 0 --logit-scale 0", 512),
 }
 PEAKS = {"H100": 989, "H200": 989, "A100": 312}  # dense TFLOP/s in bf16 by name of the device, NVIDIA's data sheets
 
 
 class FixedBatch:
-    """A loader that reads the first batch of an epoch and yields it `steps` times. tokens: length to which captions are padded
-    (0: as they are). each: called with the number of a step before it, and once after the last."""
+    """A loader that reads the first batch of an epoch and yields it `steps` times. tokens: length to which captions are
+    padded (0: as they are). each: called with the number of a step before it, and once after the last."""
 
     def __init__(self, steps, tokens=0, each=lambda i: None):
         self.steps, self.tokens, self.each = steps, tokens, each
@@ -65,7 +69,8 @@ class FixedBatch:
     def __iter__(self):
         if self.batch is None:
             self.batch = data.collate([self.dataset[item] for item in next(iter(self.batches))])
-            self.batch["tokens"] = F.pad(self.batch["tokens"], (0, max(0, self.tokens - self.batch["tokens"].shape[-1])))
+            missing = max(0, self.tokens - self.batch["tokens"].shape[-1])
+            self.batch["tokens"] = F.pad(self.batch["tokens"], (0, missing))
             if torch.cuda.is_available():
                 self.batch = {name: value.pin_memory() for name, value in self.batch.items()}
         for i in range(self.steps):
@@ -91,8 +96,8 @@ def run(script, flags, out, loader=None, *patches):
 
 
 def make_inputs(folder, pairs, teacher=True):
-    """Writes into a folder: merges for a vocabulary of CLIP's size, in which each word of three letters is one token; eight
-    pictures; a table of that many pairs on them; a teacher of random weights."""
+    """Writes into a folder: merges for a vocabulary of CLIP's size, in which each word of three letters is one token;
+    eight pictures; a table of that many pairs on them; a teacher of random weights."""
     letters, rng = string.ascii_lowercase, random.Random(0)
     merges = [f"{a} {b}" for a, b in itertools.product(letters, letters)]
     words = ["".join(word) for word in itertools.product(letters, repeat=3)]
@@ -127,7 +132,8 @@ def measure(command, folder, args, batch_size, compiled=False):
     rows = train(command, folder, args, batch_size, FixedBatch(args.steps), more=more)
     steps = [row for row in rows if "loss" in row]
     seconds = median(batch_size / row["pairs_per_second"] for row in steps[1:])  # the first interval holds the start
-    seconds += sum(row["extract_seconds"] + row["cluster_seconds"] for row in rows if "extract_seconds" in row) / args.steps
+    clusterings = [row["extract_seconds"] + row["cluster_seconds"] for row in rows if "extract_seconds" in row]
+    seconds += sum(clusterings) / args.steps
     return seconds, steps[-1].get("memory_gb")
 
 
@@ -135,7 +141,8 @@ def gigaflops(command, folder, args, batch_size, tokens):
     """GFLOP a pair of one training step, captions padded to that many tokens; augmentation is left out."""
     counter = FlopCounterMode(display=False)
     loader = FixedBatch(1, tokens, lambda i: counter.__exit__(None, None, None) if i else counter.__enter__())
-    train(command, folder, args, batch_size, loader, mock.patch.object(data, "augment", lambda images, colors: images / 255))
+    plain = mock.patch.object(data, "augment", lambda images, colors: images / 255)
+    train(command, folder, args, batch_size, loader, plain)
     return counter.get_total_flops() / batch_size / 1e9
 
 
@@ -154,47 +161,60 @@ def profile(command, folder, args, batch_size):
             profiler.stop()
 
     train(command, folder, args, batch_size, FixedBatch(args.steps, each=each), more="--log-every 99999")
-    return profiler.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=20, max_name_column_width=60)
+    order = f"self_{'cuda' if cuda else 'cpu'}_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
 
 
 def compare(name, folder, args, say=print):
     """Measures a row and its baseline in turn and says what they take."""
     method, baseline, batch_size = ROWS[name]
     batch_size = args.batch_size or batch_size
-    flops = {command: [gigaflops(command, folder, args, batch_size, tokens) for tokens in (0, 77)] for command in (method, baseline)}
+    commands = {command: [gigaflops(command, folder, args, batch_size, tokens) for tokens in (0, 77)]
+                for command in (method, baseline)}
     for compiled in (False, True) if args.compile else (False,):
-        rounds = [[measure(command, folder, args, batch_size, compiled) for command in (method, baseline)] for _ in range(args.rounds)]
-        for command, found in zip((method, baseline), zip(*rounds)):
-            seconds, memory = min(found)
-            mfu = [f"{gflop * batch_size / seconds / args.peak / 1e3:.1%}" for gflop in flops[command]] if args.peak else ["-", "-"]
-            say(f"{command.replace('{folder}/', '')}, {'compiled' if compiled else 'eager'}: {1e3 * seconds:.1f} ms a step of {batch_size}, "
-                f"{batch_size / seconds:.1f} pairs/s, {flops[command][0]:.1f} GFLOP a pair, MFU {mfu[0]} as fed, {mfu[1]} at 77 tokens"
-                + (f", {memory:.1f} GiB" if memory else ""))
-        ratio = min(seconds for (seconds, _), _ in rounds) / min(seconds for _, (seconds, _) in rounds)
-        say(f"{name}, {'compiled' if compiled else 'eager'}: {ratio:.2f} of its baseline's time")
+        mode = "compiled" if compiled else "eager"
+        rounds = [[measure(command, folder, args, batch_size, compiled) for command in commands]
+                  for _ in range(args.rounds)]
+        best = [min(found) for found in zip(*rounds)]
+        for (command, flops), (seconds, memory) in zip(commands.items(), best):
+            rate = batch_size / seconds
+            line = f"{command.replace('{folder}/', '')}, {mode}: {1e3 * seconds:.1f} ms a step of {batch_size}"
+            line += f", {rate:.1f} pairs/s"
+            line += ", {:.1f} GFLOP a pair as fed, {:.1f} at 77 tokens".format(*flops)
+            if args.peak:
+                line += ", MFU {:.1%} as fed, {:.1%} at 77 tokens".format(*(f * rate / args.peak / 1e3 for f in flops))
+            say(line + (f", {memory:.1f} GiB" if memory else ""))
+        say(f"{name}, {mode}: {best[0][0] / best[1][0]:.2f} of its baseline's time")
 
 
 def against_open_clip(args, say=print):
-    """A step of open_clip's model and loss and of ours on one batch: 77 tokens, and captions of 20 words cut to 24; the same AdamW."""
+    """A step of open_clip's model and loss and of ours on one batch with the same AdamW: captions of 20 words at 77
+    tokens, and cut to 24 as the loader does."""
     import open_clip
     from open_clip.loss import ClipLoss
 
     import clip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-    for name, compiled in itertools.product(("ViT-B-32", "RN50", "ViT-B-16"), (False, True) if args.compile else (False,)):
+    modes = (False, True) if args.compile else (False,)
+    for name, compiled in itertools.product(("ViT-B-32", "RN50", "ViT-B-16"), modes):
         batch_size = args.batch_size or ROWS["clip"][-1]
-        images, tokens = torch.randn(batch_size, 3, 224, 224, device=device), torch.zeros(batch_size, 77, dtype=torch.int64, device=device)
+        images = torch.randn(batch_size, 3, 224, 224, device=device)
+        tokens = torch.zeros(batch_size, 77, dtype=torch.int64, device=device)
         tokens[:, 0], tokens[:, 1:21], tokens[:, 21] = 49406, torch.randint(300, 49000, (batch_size, 20)), 49407
         steps, times = {}, {"open_clip": [], "clip.py": [], "clip.py, 24 tokens": []}
         for kind in times:
-            model = (open_clip.create_model(name) if kind == "open_clip" else clip.build(name, quick_gelu=name == "RN50")).to(device).train()
-            if name == "RN50" and kind != "open_clip":
-                model.visual.to(memory_format=torch.channels_last)
+            if kind == "open_clip":
+                model, loss = open_clip.create_model(name), ClipLoss()
+            else:
+                model, loss = clip.build(name, quick_gelu=name == "RN50"), clip.clip_loss
+                if name == "RN50":
+                    model.visual.to(memory_format=torch.channels_last)
+            model.to(device).train()
             if compiled:
                 model.compile()
             optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-            steps[kind] = model, optimizer, ClipLoss() if kind == "open_clip" else clip.clip_loss, tokens[:, :24 if "24" in kind else 77]
+            steps[kind] = model, optimizer, loss, tokens[:, :24 if "24" in kind else 77]
         for _ in range(args.steps):
             for kind, (model, optimizer, loss, words) in steps.items():
                 start = time.perf_counter()
@@ -208,7 +228,8 @@ def against_open_clip(args, say=print):
                 times[kind].append(time.perf_counter() - start)
         for kind, seconds in times.items():
             ratio = median(a / b for a, b in zip(seconds[2:], times["open_clip"][2:]))
-            say(f"{name}, {'compiled' if compiled else 'eager'}, {kind}: {batch_size / median(seconds[2:]):.1f} pairs/s, {ratio:.2f} of open_clip's time")
+            mode, rate = "compiled" if compiled else "eager", batch_size / median(seconds[2:])
+            say(f"{name}, {mode}, {kind}: {rate:.1f} pairs/s, {ratio:.2f} of open_clip's time")
 
 
 def kmeans_seconds(rows=200_000, clusters=20_000, rounds=20):
@@ -224,13 +245,15 @@ def parse_args(argv=None):
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"{', '.join(ROWS)} (default: these), open_clip")
-    parser.add_argument("--batch-size", type=int, default=None if cuda else 4, help="pairs (default: 4 on a CPU, the row's on a GPU)")
+    parser.add_argument("--batch-size", type=int, default=None if cuda else 4,
+                        help="pairs (default: 4 on a CPU, the row's on a GPU)")
     parser.add_argument("--steps", type=int, default=50 if cuda else 10)
     parser.add_argument("--rounds", type=int, default=1 if cuda else 2)
     parser.add_argument("--amp", choices=("bf16", "fp16", "off"), default="bf16" if cuda else "off")
     parser.add_argument("--compile", action="store_true", help="each row also compiled")
     peak = next((peak for name, peak in PEAKS.items() if cuda and name in torch.cuda.get_device_name()), None)
-    parser.add_argument("--peak", type=float, default=peak, help="TFLOP/s of the device, for MFU (default: known of H100, H200, A100)")
+    parser.add_argument("--peak", type=float, default=peak,
+                        help="TFLOP/s of the device, for MFU (default: known of H100, H200, A100)")
     args = parser.parse_args(argv)
     if unknown := set(args.rows) - {*ROWS, "open_clip"}:
         parser.error(f"there is no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)} and open_clip")

@@ -435,6 +435,7 @@ def on_ranks(rank, world, port, path):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_equal_one_process(tmp_path):
     mp.spawn(on_ranks, (2, 29500 + os.getpid() % 2000 + 7, tmp_path / "found"), 2)
     losses, worst = torch.load(tmp_path / "found")
@@ -524,6 +525,7 @@ def finished(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_run_leaves_what_it_promises(finished):
     state = aclip.load_checkpoint(finished / "last.pt")
     assert state["script"] == "aclip" and state["step"] == 12 == len(rows(finished))
@@ -540,12 +542,15 @@ def test_run_leaves_what_it_promises(finished):
     online = {name: p.clone() for name, p in model.state_dict().items()}
     model, *_ = evaluator.load(finished / "last.pt", weights="ema")  # the averaged model
     assert all(torch.equal(p, online[name]) == (name == "visual.conv1.weight") for name, p in model.named_parameters())
-    assert set(evaluator.load_clip_state(finished / "last.pt")) == {n for n in online if n.startswith(evaluator.ENCODERS)}
+    assert set(evaluator.load_clip_state(finished / "last.pt")) == {
+        n for n in online if n.startswith(evaluator.ENCODERS)
+    }
     torch.manual_seed(0)
     drawn = aclip.build("tiny", aclip.ACLIP, vocab=tokenizer.vocab_size, ssl_mlp_dim=32).state_dict()
     assert torch.equal(drawn["visual.conv1.weight"], online["visual.conv1.weight"])  # never trained
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch):
     calls, update = [], aclip.update_ema
 
@@ -566,6 +571,7 @@ def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, monkeypatc
     assert [r["loss"] for r in rows(finished)] == [r["loss"] for r in rows(tmp_path)]
 
 
+@pytest.mark.slow
 def test_step_of_main_is_the_definition(tmp_path, monkeypatch):
     """Losses of the first three steps in the log, against the slow step on what main read, with its own average of the
     weights."""
@@ -607,6 +613,7 @@ def test_step_of_main_is_the_definition(tmp_path, monkeypatch):
             assert row[name] == pytest.approx(value.item(), abs=2e-3), (t, name)
 
 
+@pytest.mark.slow
 def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
     """A gradient that is not finite at step 3: weights and average of steps 2 and 3 are the same."""
     seen, exact, models, build = [], aclip.byol_loss, [], aclip.build
@@ -630,6 +637,7 @@ def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
     assert rows(tmp_path)[2]["bad_steps"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     (

@@ -144,6 +144,7 @@ def on_ranks(rank, world, port, path):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", (2, 4))
 def test_ranks_equal_one_process(world, tmp_path):
     mp.spawn(on_ranks, (world, 29500 + os.getpid() % 2000 + world, tmp_path / "found"), world)
@@ -333,6 +334,7 @@ def finished(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_run_leaves_what_it_promises(finished, capsys):
     state = clip.load_checkpoint(finished / "last.pt")
     assert state["script"] == "clip" and state["step"] == 18
@@ -345,6 +347,7 @@ def test_run_leaves_what_it_promises(finished, capsys):
     assert "finished" in capsys.readouterr().out and len(losses(finished)) == 18
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
     """kill -9 once, SIGTERM once, then to the end, with two workers."""
     command = [sys.executable, str(ROOT / "clip.py")] + RUN + ["--out", str(tmp_path), "--workers", "2"]
@@ -365,6 +368,7 @@ def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
     assert losses(finished) == losses(tmp_path)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank(finished, tmp_path):
     """--max-restarts: kill -9 of one of two ranks; the second attempt resumes and ends as one process does without a
     kill."""
@@ -392,6 +396,7 @@ def test_torchrun_restarts_after_a_killed_rank(finished, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(finished), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
     """A gradient that is not finite at step 3: the weights of steps 2 and 3 are the same; 20 in a row end the run."""
     seen, exact = [], clip.clip_loss
@@ -422,6 +427,7 @@ def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
     assert len(seen) == 24  # steps 2 to 24, over log lines
 
 
+@pytest.mark.slow
 def test_restart_forgets_the_run_before(monkeypatch, tmp_path, capsys):
     """Even if it dies before it saves: the next attempt of torchrun must not find the old run."""
     clip.main(RUN + ["--epochs", "1", "--out", str(tmp_path)])
@@ -434,6 +440,7 @@ def test_restart_forgets_the_run_before(monkeypatch, tmp_path, capsys):
     assert all(text in output for text in ("--seed 0", "--workers 0", "192 pairs (0 left out)"))
 
 
+@pytest.mark.slow
 def test_a_kill_during_the_tests_loses_nothing(monkeypatch, tmp_path):
     results = [{"toy": {"metric": "top1", "top1": value}} for value in (.2, .1)]
     monkeypatch.setattr(clip.evaluator, "summary", str)
@@ -452,6 +459,7 @@ def test_a_kill_during_the_tests_loses_nothing(monkeypatch, tmp_path):
     assert clip.load_checkpoint(tmp_path / "best.pt")["step"] == 6 and len(losses(tmp_path)) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ("well", "badly"))
 def test_main_puts_the_handler_of_sigterm_back(ends, monkeypatch, tmp_path):
     handler = lambda *_: None
@@ -468,6 +476,7 @@ def test_main_puts_the_handler_of_sigterm_back(ends, monkeypatch, tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 def test_the_same_data_by_another_name_resumes(tmp_path, capsys):
     """Data that were moved or spelled differently are the same data; more epochs stretch the schedule, and it says
     so."""
@@ -503,6 +512,7 @@ def test_the_same_data_by_another_name_resumes(tmp_path, capsys):
         clip.main(flags + ["--data", str(tmp_path / "here/pairs.jsonl")])
 
 
+@pytest.mark.slow
 def test_compiled_model_has_the_same_losses(monkeypatch, finished, tmp_path):
     """Traced as with --compile, but run by PyTorch's own kernels, since compiling them takes minutes on a CPU."""
     calls, exact = [], nn.Module.compile
@@ -513,6 +523,7 @@ def test_compiled_model_has_the_same_losses(monkeypatch, finished, tmp_path):
     assert calls and losses(tmp_path) == pytest.approx(losses(finished), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_wrong_use_is_one_sentence(finished, tmp_path):
     def message(*flags):
         with pytest.raises(SystemExit) as error:
@@ -545,6 +556,7 @@ def test_wrong_use_is_one_sentence(finished, tmp_path):
     assert message("--model", "huge") == "2"  # argparse's own
 
 
+@pytest.mark.slow
 def test_logit_scale_stays_within_its_bounds(finished, tmp_path):
     """An absurd learning rate throws it out on both sides; at the bound it still has a gradient."""
     clip.main(RUN + ["--epochs", "1", "--lr", "9", "--out", str(tmp_path)])
@@ -562,12 +574,14 @@ def test_logit_scale_stays_within_its_bounds(finished, tmp_path):
     assert model.logit_scale.grad != 0
 
 
+@pytest.mark.slow
 def test_init_starts_from_weights(finished, tmp_path):
     clip.main(RUN + ["--out", str(tmp_path), "--init", str(finished / "last.pt"), "--epochs", "1", "--lr", "0"])
     expected, found = weights(finished / "last.pt"), weights(tmp_path / "last.pt")
     assert all(torch.equal(expected[k], found[k]) for k in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", clip.AUGMENT)
 def test_every_augmentation_and_recipe_runs(augment, tmp_path):
     clip.main(RUN + ["--out", str(tmp_path), "--augment", augment, "--epochs", "1", "--checkpoint-activations"])
@@ -590,6 +604,7 @@ def test_trains_on_the_gpu(amp, tmp_path):
     assert seen[-1] < seen[0]
 
 
+@pytest.mark.slow
 def test_batch_norms_survive_a_bad_step(monkeypatch, tmp_path):
     """A picture that makes everything infinite leaves running means and variances finite."""
     monkeypatch.setitem(clip.MODELS, "tiny", RESNET | dict(image_size=32))

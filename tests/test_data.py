@@ -941,6 +941,7 @@ def test_unreadable_data_ends_with_a_sentence(workers):
         next(iter(loader))
 
 
+@pytest.mark.slow
 def test_an_exception_ends_the_process_though_workers_are_deaf():
     code = ("import data\n"
             "batches = iter(data.loader(data.ToyDataset(64, lambda *a: {}), data.EpochBatches(64, 8), 1))\n"
@@ -967,6 +968,7 @@ def flat(batches):
     return [sample for batch in batches for sample in batch]
 
 
+@pytest.mark.slow
 def test_epoch():
     batches = data.EpochBatches(103, 10)
     first = flat(batches)

@@ -179,6 +179,7 @@ def test_queue_search_is_exact_among_float64_rows():
     assert queue.search(torch.stack([-direction, direction])).tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_queue_is_asked_before_it_is_filled_and_edited_captions_go_first(monkeypatch, tmp_path):
     calls, search, enqueue = [], declip.FeatureQueue.search, declip.FeatureQueue.enqueue
     monkeypatch.setattr(declip.FeatureQueue, "search", lambda q, x: calls.append(x.clone()) or search(q, x))
@@ -343,6 +344,7 @@ def batch(B=6, size=32, seed=0):
             *declip.pack_labels(labels, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", (SIZES, RESNET | dict(vocab=VOCAB)), ids=("vit", "resnet"))
 def test_model_is_its_towers_on_each_view(sizes):
     torch.manual_seed(0)
@@ -389,6 +391,7 @@ def test_which_parameters_each_term_moves():
                          ssl={"visual", "simsiam"}, mlm={"text", "mlm"})
 
 
+@pytest.mark.slow
 def test_overfits_one_batch_in_every_term():
     torch.manual_seed(0)
     model, (images, tokens, eot, places, targets) = declip.DeCLIP(**SIZES), batch(8)
@@ -460,6 +463,7 @@ def on_ranks(rank, world, port, path):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path):
     mp.spawn(on_ranks, (2, 31500 + os.getpid() % 2000, tmp_path / "found"), 2)
     found = torch.load(tmp_path / "found")
@@ -486,6 +490,7 @@ def finished(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_run_leaves_what_it_promises(finished):
     state = declip.load_checkpoint(finished / "last.pt")
     assert state["script"] == "declip" and state["step"] == 12 and state["queue"]["rows"].shape == (16, 128)
@@ -508,6 +513,7 @@ def test_run_leaves_what_it_promises(finished):
     assert not torch.equal(start.visual.proj, state["model"]["visual.proj"])
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch):
     """Stopped at step 7, so that steps 5 and 6 are done again; then to the end with two workers."""
     class Stop(Exception):
@@ -572,6 +578,7 @@ def test_a_batch_of_one_a_rank_is_a_sentence(tmp_path):
     assert state["step"] == 3 and len(state["queue"]["rows"]) == state["flags"]["queue"] == 1  # half the pairs
 
 
+@pytest.mark.slow
 def test_init_from_clip_and_from_declip(finished, tmp_path):
     command = RUN + ["--epochs", "1", "--lr", "0"]
     clip.main(command + ["--out", str(tmp_path / "clip")])

@@ -17,6 +17,14 @@ import eval as evaluator
 import frequency
 from conftest import ROOT
 
+BORROW = {  # how somebody who copied a part would call it; tests/test_house.py does
+    "words": lambda f: f("a red circle"),
+    "count": lambda f: f(["a red circle"], ["circle"]),
+    "binned": lambda f: f([1, 10, 100], [1., 2., 3.]),
+    "pearson": lambda f: f([1., 2., 3.], [1., 2., 4.]),
+}
+
+
 
 def captions_and_names(seed=0):
     """Captions of few different words, so that names of several words occur, and names that some of them hold."""

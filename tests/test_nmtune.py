@@ -17,6 +17,14 @@ import data
 import eval as evaluator
 import nmtune
 
+BORROW = {  # how somebody who copied a part would call it; tests/test_house.py does
+    "singular_values": lambda f: f(torch.randn(4, 8)),
+    "regularisers": lambda f: f(torch.randn(4, 8), torch.randn(4, 8)),
+    "spectrum": lambda f: f(torch.randn(4, 8)),
+    "NMTune": lambda NMTune: NMTune(8, 3)(torch.randn(4, 8)),
+}
+
+
 
 def rand(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -331,6 +339,7 @@ def write_set(path, keys, names=("red", "green", "blue"), broken=()):
 KEYS = [f"{artist}_{i}" for artist in ("ann", "bob", "eve") for i in range(8)]
 
 
+@pytest.mark.slow
 def test_the_toy(folder, capsys):
     text, rows = run(folder, capsys)
     assert list(rows) == ["zero-shot", "linear probe", "MLP", "NMTune"]
@@ -354,6 +363,7 @@ def test_the_toy(folder, capsys):
         assert row["tests"] == again[name]["tests"] and (row["tests"] == paper[name]["tests"]) == (name != "NMTune")
 
 
+@pytest.mark.slow
 def test_kept_features_belong_to_one_checkpoint_and_one_set(folder, capsys, tmp_path):
     state = torch.load(folder / "clip/last.pt", weights_only=True)
     state["model"]["visual.proj"].mul_(2)
@@ -377,6 +387,7 @@ def test_kept_features_belong_to_one_checkpoint_and_one_set(folder, capsys, tmp_
     assert len(list((tmp_path / "features").iterdir())) == before + 3
 
 
+@pytest.mark.slow
 def test_domains_by_keys(folder, capsys, tmp_path):
     """One set parted by SET@PATTERN; broken pictures are left out of all views; other classes are left out too."""
     a = write_set(tmp_path / "a", KEYS, broken=("ann_2", "bob_7"))
@@ -390,6 +401,7 @@ def test_domains_by_keys(folder, capsys, tmp_path):
     assert rows["MLP"]["tests"][2]["per_class"] == [0, None, 0]  # its "blue" are red: names count, not numbers
 
 
+@pytest.mark.slow
 def test_folders_of_classes(folder, capsys, tmp_path):
     for artist in ("ann", "bob"):
         for number, color in enumerate(("red", "green")):
@@ -401,6 +413,7 @@ def test_folders_of_classes(folder, capsys, tmp_path):
     assert ", 4 pictures" in text and [test["n"] for test in rows["NMTune"]["tests"]] == [2, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments, sentence", [
     ([], "checkpoint, or --swap"),
     (["--swap", "1.5"], "from 0 to 1"),

@@ -249,7 +249,7 @@ def test_model_heads_and_gradients():
     assert all(p.grad is None for name, p in model.named_parameters() if "head" in name or "proto" in name)
     with torch.device("meta"):
         head = protoclip.projection_head(1024, 2048, 128)
-    assert sum(p.numel() for p in head.parameters()) == 2_365_568  # the paper's, for RN50
+    assert sum(p.numel() for p in head.parameters()) == 2_365_568  # the released code's, for RN50
     for sizes in (SMALL, RESNET):
         model = protoclip.ProtoCLIP(**sizes, **HEADS)
         again = protoclip.build(model.state_dict(), protoclip.ProtoCLIP, **HEADS)
@@ -367,6 +367,7 @@ def ranks(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_ranks_equal_one_process(ranks, tmp_path):
     for rank in range(3):
         found = torch.load(ranks / f"found{rank}")
@@ -380,6 +381,7 @@ def test_ranks_equal_one_process(ranks, tmp_path):
     assert first[0]["image_objective"] == pytest.approx(first[1]["image_objective"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_a_slow_teacher(ranks):
     """Rank 0 takes longer for the features of the captions than the process group waits."""
     (slow, made), (waited, read) = (torch.load(ranks / f"waited{rank}") for rank in (0, 1))
@@ -412,6 +414,7 @@ def finished(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_run_leaves_what_it_promises(finished):
     state = protoclip.load_checkpoint(finished / "last.pt")
     assert state["script"] == "protoclip" and state["step"] == 12 == len(rows_with("loss", finished))
@@ -436,6 +439,7 @@ class Killed(BaseException):
     """What ends a run at once."""
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch):
     """Killed in extraction, in K-means, stopped inside an episode, killed in training, then to the end."""
     forward, kmeans, calls = protoclip.ProtoCLIP.forward, protoclip.kmeans, Counter()
@@ -473,6 +477,7 @@ def test_killed_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch):
         assert rows_with(key, finished) == rows_with(key, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_episode_is_its_definition(tmp_path, monkeypatch):
     """Features sample by sample, groups, back translation, targets and the first loss, written down slowly."""
     clusters, losses, models = [], [], []
@@ -532,6 +537,7 @@ def test_an_episode_is_its_definition(tmp_path, monkeypatch):
         assert loss == pytest.approx(slow.item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_epochs_are_as_long_as_clips(tmp_path):
     """31 pairs are one batch of 16 an epoch, so one episode: the pairs that are left over do not make a further one."""
     flags = ["--limit", "31", "--epochs", "2", "--warmup", "1", "--prototypes", "1", "--out", str(tmp_path)]
@@ -539,6 +545,7 @@ def test_epochs_are_as_long_as_clips(tmp_path):
     assert protoclip.load_checkpoint(tmp_path / "last.pt")["step"] == 2
 
 
+@pytest.mark.slow
 def test_tests_are_due_by_epochs(monkeypatch, tmp_path):
     """4 epochs of 6 steps are 6 episodes of 4 steps; tests follow the episode in which an even epoch ends."""
     monkeypatch.setattr(evaluator, "evaluate", lambda *args, **how: {})
@@ -547,12 +554,14 @@ def test_tests_are_due_by_epochs(monkeypatch, tmp_path):
     assert [row["step"] for row in rows if "eval" in row] == [12, 24]
 
 
+@pytest.mark.slow
 def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
     """A picture that makes everything NaN: weights and running statistics stay as they were."""
     seen, forward = [], protoclip.ProtoCLIP.forward
 
     def watched(model, images, tokens):
-        seen.append([v.clone() for v in model.state_dict().values()])
+        # batch norms also count their batches, which nothing reads
+        seen.append([v.clone() for v in model.state_dict().values() if v.is_floating_point()])
         return forward(model, images * (math.nan if len(seen) == 2 else 1), tokens)
 
     monkeypatch.setattr(protoclip.ProtoCLIP, "forward", watched)
@@ -564,6 +573,7 @@ def test_bad_step_leaves_no_trace(monkeypatch, tmp_path):
     assert all(v.isfinite().all() for v in weights(tmp_path / "last.pt").values())
 
 
+@pytest.mark.slow
 def test_teacher_features_and_init(finished, tmp_path):
     towers = {k: v for k, v in weights(finished / "last.pt").items() if "head" not in k and "proto" not in k}
     clip.save_checkpoint(tmp_path / "clip.pt", **towers)

@@ -504,6 +504,7 @@ def on_ranks(rank, world, port, path):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_equal_one_process(tmp_path):
     mp.spawn(on_ranks, (2, 29500 + os.getpid() % 2000, tmp_path / "found"), 2)
     found = torch.load(tmp_path / "found")
@@ -540,6 +541,7 @@ def finished(teacher, tmp_path_factory):
     return outs
 
 
+@pytest.mark.slow
 def test_run_leaves_what_it_promises(teacher, finished):
     before = weights(teacher[1])
     for out in finished:
@@ -562,6 +564,7 @@ def test_run_leaves_what_it_promises(teacher, finished):
     assert auto[-1]["removed"] == pytest.approx(share, rel=1e-5) and share > .02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, stop_at", (("manual", 5), ("auto", 3), ("auto", 6)))
 def test_resume_is_bit_identical(kind, stop_at, teacher, finished, tmp_path, monkeypatch):
     """Stopped as by SIGTERM before, at and after pruning; then to the end."""
@@ -590,6 +593,7 @@ def test_resume_is_bit_identical(kind, stop_at, teacher, finished, tmp_path, mon
     assert losses(out) == losses(tmp_path)
 
 
+@pytest.mark.slow
 def test_bad_step_leaves_no_trace(teacher, tmp_path, monkeypatch):
     """A gradient that is not finite, in the first step and in the third: weights, gates and multipliers stay as they
     were."""
@@ -617,6 +621,7 @@ def merges_file(teacher, folder):
     return str(folder / "merges.txt")
 
 
+@pytest.mark.slow
 def test_the_teacher_stays_as_it_is(teacher, tmp_path, monkeypatch):
     """Bit for bit, the running statistics of its batch norms too."""
     state = TinyCLIP(**RESNET | dict(vocab=len(weights(teacher[1])["token_embedding.weight"]), context=77)).state_dict()
@@ -629,6 +634,7 @@ def test_the_teacher_stays_as_it_is(teacher, tmp_path, monkeypatch):
     assert rows(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_stages_chain_and_flags_do_what_they_say(teacher, finished, tmp_path):
     def run(name, *flags):
         tinyclip.main(RUN + teacher + ["--epochs", "1", "--out", str(tmp_path / name), *flags])
@@ -665,6 +671,7 @@ def test_stages_chain_and_flags_do_what_they_say(teacher, finished, tmp_path):
     assert all(torch.equal(start[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 def test_wrong_use_is_one_sentence(teacher, finished, tmp_path, monkeypatch):
     def message(*flags):
         with pytest.raises(SystemExit) as error:
@@ -695,6 +702,7 @@ def test_wrong_use_is_one_sentence(teacher, finished, tmp_path, monkeypatch):
     assert "--alpha" in message("--out", str(finished[0]), "--alpha", ".5")
 
 
+@pytest.mark.slow
 def test_teachers_of_other_houses(teacher, tmp_path):
     """OpenAI's and open_clip's files give the same teacher as ours; --bpe names the merges that they do not hold."""
     state = weights(teacher[1])

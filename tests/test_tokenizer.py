@@ -131,6 +131,7 @@ def test_pieces(text, pieces):
     assert data.piece_pattern().findall(text) == pieces
 
 
+@pytest.mark.slow
 def test_every_character_has_its_class():
     """\\p{L}+ | \\p{N} | the rest that is no space, for all of Unicode."""
     characters = [c for c in map(chr, range(sys.maxunicode + 1)) if not c.isspace()]
