@@ -11,7 +11,7 @@ on, so the command may be stopped and given again. --out keeps the runs, the tab
 Three scores of a run are reported, all on pictures that no choice was made by. "Last" is the score after the last
 step. "Best" is the score at the step where the tuning set's is highest. "Equal time" is the score after as many seconds
 as the first row of the table takes, read between tests along a straight line; the seconds are the log's own, without
-those of tests.
+those of tests. The probe, where there is one, is trained and tested on other pictures of the kinds that training names.
 """
 import argparse
 import json
@@ -365,7 +365,7 @@ def train(job, futures):
     ask(job.words, job.out)
     if job.name in PROBED and "toy-tune,toy" in job.words:
         last, probe = (str(job.out / name) for name in ("last.pt", "probe.json"))
-        ask(["eval.py", last, "--data", "toy", "--workers", "0", "--probe", "--json", probe], job.out)
+        ask(["eval.py", last, "--data", "toy-seen", "--workers", "0", "--probe", "--json", probe], job.out)
     (job.out / "done").write_text(" ".join(job.words))
     return time.time() - start
 
