@@ -11,13 +11,14 @@ on, so the command may be stopped and given again. --out keeps the runs, the tab
 Three scores of a run are reported, all on pictures that no choice was made by. "Last" is the score after the last
 step. "Best" is the score at the step where the tuning set's is highest. "Equal time" is the score after as many seconds
 as the first row of the table takes, read between tests along a straight line; the seconds are the log's own, without
-those of tests.
+those of tests. The probe, where there is one, is trained and tested on other pictures of the kinds that training names.
 """
 import argparse
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import curves  # noqa: E402
-import data  # noqa: E402
 
 BATCH = 128
 EVERY = 2, 4, 8  # the shares of real data: every second pair, ...
@@ -365,9 +365,12 @@ def train(job, futures):
     ask(job.words, job.out)
     if job.name in PROBED and "toy-tune,toy" in job.words:
         last, probe = (str(job.out / name) for name in ("last.pt", "probe.json"))
-        ask(["eval.py", last, "--data", "toy", "--workers", "0", "--probe", "--json", probe], job.out)
+        ask(["eval.py", last, "--data", "toy-seen", "--workers", "0", "--probe", "--json", probe], job.out)
     (job.out / "done").write_text(" ".join(job.words))
     return time.time() - start
+
+
+running = []  # processes
 
 
 def ask(words, out):
@@ -375,8 +378,11 @@ def ask(words, out):
     out.mkdir(parents=True, exist_ok=True)
     output = out / "output.txt"
     with open(output, "a") as file:
-        code = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], stdout=file, stderr=subprocess.STDOUT,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], stdout=file,
+                                   stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        running.append(process)
+        code = process.wait()
+        running.remove(process)
     if code:
         raise RuntimeError(f"{output}: {output.read_text().strip().splitlines()[-1]}")
 
@@ -388,7 +394,7 @@ def parse_args(argv):
     parser.add_argument("--data", default="toy", help="toy (default), or training pairs as the scripts take them")
     parser.add_argument("--tests", metavar="A,B", help="test sets for --data: A chooses the step, B is reported "
                                                        "(default: test/vendor and test/concept beside the data)")
-    parser.add_argument("--processes", type=int, default=data.cores(), help="runs at a time (default: one a core)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--out", type=Path, help="default: runs/claims, for other --data runs/claims-real")
     args = parser.parse_args(argv)
     if min(args.seeds, args.processes) < 1:
@@ -412,6 +418,7 @@ def main(argv=None):
         rows = rows[:1 + [name for name, *_ in rows].index(LAST_OF_QUICK)]
     args.out.mkdir(parents=True, exist_ok=True)
     if not toy:
+        import data  # only here, as it imports torch
         keys = [key for key, _ in data.captions(args.data)]
         total = len(keys)
         for step in EVERY:
@@ -438,6 +445,7 @@ def main(argv=None):
     print(f"{sum(not job.finished() for job in jobs)} of {len(jobs)} runs to do, {args.processes} at a time: about "
           f"{left / args.processes / 60:.1f} hours on slow cores", flush=True)
     futures, failed, expected, spent = {}, [], 0, 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(args.processes) as pool:
         for job in jobs:
             futures[job.name, job.seed] = pool.submit(train, job, futures)
@@ -453,7 +461,9 @@ def main(argv=None):
                     print(f"{job.name}, seed {job.seed}: {seconds / 60:.1f} minutes; about "
                           f"{left * spent / expected / args.processes / 60:.1f} hours left", flush=True)
                     report()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # also SIGTERM's; the scripts save where they are
+            for process in running:
+                process.terminate()
             pool.shutdown(cancel_futures=True)
             raise SystemExit("stopped; the same command goes on from here") from None
     print(report())

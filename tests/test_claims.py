@@ -3,6 +3,10 @@ import importlib
 import json
 import math
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -111,6 +115,24 @@ def test_finished_runs_are_skipped_and_a_failure_stops_only_what_needs_it(tmp_pa
     with pytest.raises(SystemExit):
         claims.main(["--out", str(tmp_path)])
     assert [words[0] for words in asked[3:]] == ["clip.py"]  # the one that had failed
+
+
+def test_sigterm_stops_the_scripts_too(tmp_path):
+    """Else they would go on by themselves, and the next start would train the same run a second time."""
+    script = tmp_path / "sleep.py"
+    script.write_text("import time; print('on', flush=True); time.sleep(60)")
+    code = f"""if True:
+        import claims
+        claims.TOY = [("clip-1024", 1, "{script} --epochs 1")]
+        claims.main(["--out", "{tmp_path}", "--processes", "1"])"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(claims.__file__).parent, stderr=subprocess.PIPE)
+    output = tmp_path / "clip-1024-0" / "output.txt"
+    while not (output.exists() and "on" in output.read_text()):
+        assert process.poll() is None
+        time.sleep(.1)
+    process.terminate()
+    _, said = process.communicate(timeout=30)  # it waits for the script, which would sleep for a minute
+    assert process.returncode == 1 and b"stopped; the same command goes on from here" in said
 
 
 def test_real_data_need_two_test_sets(tmp_path):
