@@ -249,8 +249,8 @@ def read_run(path, args):
     flags = evaluator.read_checkpoint(path).get("flags", {})  # weights from elsewhere have none
     own = {} if args.data else flags
     tests = args.eval or flags.get("eval")
-    if not args.eval and own.get("data") in data.TOYS:
-        tests = f"{own['data']}-seen"  # a run's own tests show kinds that no caption mentions
+    if not args.eval and own.get("data") in data.TOYS and tests and {*tests.split(",")} <= {*data.TOY_TESTS}:
+        tests = f"{own['data']}-seen"  # the toy's usual tests show kinds that no caption mentions
     if not tests:
         raise SystemExit(f"{path} was trained without tests: name some by --eval")
     return {"path": path, "name": path.removesuffix("/last.pt"), "data": args.data or own.get("data"),
