@@ -64,13 +64,21 @@ class FixedBatch:
     def __call__(self, dataset, batches, *_, **__):
         """What data.loader is called with."""
         self.dataset, self.batches, self.batch = dataset, batches, None
+        self.collate_fn = None  # a script may set its own, as it does of a loader
         return self
 
     def __iter__(self):
         if self.batch is None:
-            self.batch = data.collate([self.dataset[item] for item in next(iter(self.batches))])
-            missing = max(0, self.tokens - self.batch["tokens"].shape[-1])
-            self.batch["tokens"] = F.pad(self.batch["tokens"], (0, missing))
+            cut = data.collate
+
+            def collate(samples):
+                batch = cut(samples)
+                missing = max(0, self.tokens - batch["tokens"].shape[-1])
+                return batch | {"tokens": F.pad(batch["tokens"], (0, missing))}
+
+            with mock.patch.object(data, "collate", collate):  # a script's own calls it
+                samples = [self.dataset[item] for item in next(iter(self.batches))]
+                self.batch = (self.collate_fn or collate)(samples)
             if torch.cuda.is_available():
                 self.batch = {name: value.pin_memory() for name, value in self.batch.items()}
         for i in range(self.steps):

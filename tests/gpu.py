@@ -37,8 +37,8 @@ CHECKS = {  # script: flags of its small runs (three epochs of three steps), the
                  ["tinyclip", "tinyclip-cached"]),
     "slip": (["--augment slip"], ["slip"]),
 }
-# clusters and masks turn rounding into other choices; tinyclip has a scale of 50
-LOOSE = {"protoclip": 10, "aclip": 10, "tinyclip": 30}
+# clusters and masks turn rounding into other choices; tinyclip has a scale of 50, slip divides by .1
+LOOSE = {"protoclip": 10, "aclip": 10, "tinyclip": 30, "slip": 5}
 LATER = {"protoclip", "episode", "rng"}  # in a checkpoint: what a bad step may change
 
 
@@ -183,7 +183,7 @@ class Checks:
                 losses = [row["loss"] for row in found[0]]
                 good = None not in losses and len(losses) == len(plain[0])
                 return self.verdict(f"{name} {amp}", good, f"{len(losses)} finite losses")
-            self.agree(f"{name} {amp} and fp32", plain, found, .05 * max(1, loose / 3))
+            self.agree(f"{name} {amp} and fp32", plain, found, .1 * max(1, loose / 3))
 
         def bad_epoch():
             """All steps of the second epoch see infinite pictures."""
@@ -272,23 +272,12 @@ def check(names, say, folder):
     """Names of the checks that failed, for the scripts named."""
     torch.backends.cudnn.allow_tf32 = False
     checks = Checks(folder, say)
-    image, pictures, tokenizers, find = data.ToyDataset.image, {}, {}, data.find_tokenizer
-
-    def drawn_once(dataset, i):
-        key = dataset.split, dataset.seed, dataset.keep[i]
-        pictures[key] = pictures.get(key) or image(dataset, i)
-        return pictures[key]
-
-    def found_once(*args):
-        tokenizers[args] = tokenizers.get(args) or find(*args)
-        return tokenizers[args]
-
-    with mock.patch.object(data.ToyDataset, "image", drawn_once), mock.patch.object(data, "find_tokenizer", found_once):
+    tokenizer = data.find_tokenizer(None, "toy")
+    with mock.patch.object(data, "find_tokenizer", lambda *_: tokenizer):  # also of the teacher, whose file has none
         import clip
-        vocab = data.find_tokenizer(None, "toy", None).vocab_size
         with mock.patch.dict(clip.MODELS, {} if checks.cuda else small_models(clip)):
             torch.manual_seed(0)
-            teacher = clip.build("tiny", vocab=vocab, vision_layers=4, text_layers=4)
+            teacher = clip.build("tiny", vocab=tokenizer.vocab_size, vision_layers=4, text_layers=4)
         torch.save(teacher.state_dict(), Path(folder) / "teacher.pt")
         for name in names:
             for number, flags in enumerate(CHECKS[name][0]):
