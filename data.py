@@ -1130,7 +1130,7 @@ def run_name(spec):
 def open_dataset(spec, transform, limit=None, subset=None, root=None):
     """The Pairs that `spec` names (see the top of the file). SystemExit if there are none.
 
-    subset: a file of keys and captions, as write_subset makes it; limit: only the first n of these. root: the folder of
+    subset: a file of keys and captions, as subset_lines makes it; limit: only the first n of these. root: the folder of
     the named sets (default: $CLIP_DATA, else ./datasets).
     """
     if spec in ("cc3m", "cc12m", "yfcc15m"):
@@ -1178,17 +1178,15 @@ def select(dataset, file):
         dataset.skipped = dataset.skipped | {"key of --subset that is not in the data": len(unknown)}
 
 
-def write_subset(file, rows):
-    """Writes a file for --subset from (key, caption) pairs; an empty caption stands for the sample's own.
+def subset_lines(rows):
+    """Lines of a file for --subset, from (key, caption) pairs; an empty caption stands for the sample's own.
 
     White space in a caption becomes single spaces. SystemExit if a key is blank, not UTF-8, or holds a tab or new line.
     """
-    with open(f"{file}.tmp", "w", encoding="utf-8", newline="\n") as lines:
-        for key, caption in rows:
-            if not key.strip() or re.search(r"[\t\n\r\ud800-\udfff]", key):
-                raise SystemExit(f"--subset: the key {key!a} is blank, not UTF-8, or holds a tab or a new line")
-            lines.write(f"{key}\t{' '.join(caption.split())}\n")
-    os.replace(f"{file}.tmp", file)
+    for key, caption in rows:
+        if not key.strip() or re.search(r"[\t\n\r\ud800-\udfff]", key):
+            raise SystemExit(f"--subset: the key {key!a} is blank, not UTF-8, or holds a tab or a new line")
+        yield f"{key}\t{' '.join(caption.split())}\n"
 
 
 def fingerprint(dataset):

@@ -261,12 +261,10 @@ def write_noise(args):
     """--swap: prints a file for --subset, in which each line is a key, a tab and a caption."""
     captions = {}
     for key, caption in data.captions(args.data, args.limit, args.data_root):
-        if not key.strip() or re.search(r"[\t\n\r\ud800-\udfff]", key):
-            raise SystemExit(f"--data {args.data}: the key {key!a} is blank, not UTF-8, or holds a tab or a new line")
         captions.setdefault(key, []).append(" ".join(caption.split()))
+    swapped = swap(captions, args.swap, args.seed)
     sys.stdout.reconfigure(encoding="utf-8")
-    for key, texts in swap(captions, args.swap, args.seed).items():
-        print("\n".join(f"{key}\t{text}" for text in texts))
+    sys.stdout.writelines(data.subset_lines((key, text) for key, texts in swapped.items() for text in texts))
 
 
 # weights, flags, the table
