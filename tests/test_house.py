@@ -176,7 +176,8 @@ def test_borrowable(path, name):
     allowed = {name, "gather", "Gather"} | HELPERS.get(f"{path.stem}.{name}", set())
     assert set(needed) <= allowed, f"{name} needs {set(needed) - allowed}"
     code = (
-        "import math\nimport random\nimport re\nfrom collections import Counter\nimport numpy as np\nimport torch\nimport torch.nn.functional as F\n"
+        "import math\nimport random\nimport re\nfrom collections import Counter\nimport numpy as np\n"
+        "import torch\nimport torch.nn.functional as F\n"
         "import torch.distributed as dist\nfrom torch import nn\n" + "\n\n".join(known[n][1] for n in needed)
     )
     module = {"__name__": "borrowed"}
