@@ -1,7 +1,7 @@
 """TinyCLIP: a small CLIP that inherits its weights from a large one and mimics the large one's image-text affinities.
 
 The idea. A trained teacher knows more about a batch than its pairs: it knows how close every caption is to every
-picture. The student learns these similarities in place of labels (affinity mimicking). It also starts as a part of the
+picture. The student learns these similarities instead of labels (affinity mimicking). It also starts as part of the
 teacher (weight inheritance). By hand, that is the leading heads and channels of some layers. With --auto, gates on
 heads and channels learn under a budget what to keep, and the rest is cut out. A quarter of the size is reached in
 stages: each inherits from the student before, but mimics the first teacher.
@@ -29,7 +29,8 @@ that leave 75, 50 and 25 % of a ViT-B-32 with 65.6 % reach 63.9, 61.4 and 53.7 %
 times faster (paper). A step of ViT-39M-16 costs 1.3 times as much with ViT-B-32 as teacher, 1.7 with ViT-B-16.
 
 How to run.
-    python clip.py && python tinyclip.py                  the toy: a teacher, then a student of half its size
+    python clip.py --limit 24576 --epochs 4 --out runs/teacher-toy      the toy's teacher (8 minutes)
+    python tinyclip.py                                    half its size
     torchrun --nproc_per_node=8 tinyclip.py --data yfcc15m --teacher ViT-B-16.pt --teacher-quick-gelu
     python tinyclip.py --auto .5 --out runs/half          gates; next stage: --auto .75 --init runs/half/last.pt
 
@@ -1168,8 +1169,8 @@ def parse_args(argv=None):
     add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("TinyCLIP (--model is the student)").add_argument
-    add("--teacher", help="a checkpoint of ours, OpenAI's or open_clip's (default: what clip.py leaves, "
-        "runs/clip-<data>/last.pt)")
+    add("--teacher", help="a checkpoint of ours, OpenAI's or open_clip's (default: "
+        "runs/clip-<data>/last.pt, which clip.py leaves; on the toy runs/teacher-toy/last.pt)")
     add("--teacher-quick-gelu", action="store_true", help="the teacher has QuickGELU, which its file does not say")
     add("--cache-teacher-text", action="store_true",
         help="let the teacher encode all captions beforehand, and keep the features on the device")
@@ -1191,7 +1192,9 @@ def parse_args(argv=None):
         help="of gates and multipliers. A logit moves by about this a step, from 4.6; at -1.6 P(z > 0) is half. If it "
         "is too low for --prune-step, less goes than asked (removed in the log)")
     args = parser.parse_args(argv)
-    args.teacher = args.teacher or f"runs/clip-{data.run_name(args.data)}/last.pt"
+    # The toy's 1,024 pairs are too few for a teacher, so that one has a run of its own; the docstring has its command.
+    name = "teacher" if args.data in data.TOYS else "clip"
+    args.teacher = args.teacher or f"runs/{name}-{data.run_name(args.data)}/last.pt"
     if args.logit_scale > 100:
         raise SystemExit(f"--logit-scale {args.logit_scale} is above 100, where the student's is clamped")
     if args.auto and (args.init == "none" or any(getattr(args, name) for name in ("shrink", *SIZES))):

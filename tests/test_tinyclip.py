@@ -680,7 +680,7 @@ def test_wrong_use_is_one_sentence(teacher, finished, tmp_path, monkeypatch):
         return str(error.value)
 
     monkeypatch.chdir(tmp_path)
-    assert "there is no file runs/" in message("--teacher", "") and "--init" in message(
+    assert "there is no file runs/teacher-toy/last.pt" in message("--teacher", "") and "--init" in message(
         "--init", str(tmp_path / "nowhere.pt")
     )
     assert "multiples of 64" in message("--image-width", "100")
