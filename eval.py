@@ -562,7 +562,8 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
                 result = {"metric": metric if names else "i2t@1", "n": len(x), "unreadable": len(dataset) - len(x)}
                 if names:
                     y = labels_of(dataset, index, names, spec)
-                    result |= zero_shot(unit, y, text_classifier(model, tokenizer, names, phrased(spec, templates), amp))
+                    classifier = text_classifier(model, tokenizer, names, phrased(spec, templates), amp)
+                    result |= zero_shot(unit, y, classifier)
                 if texts:
                     result |= retrieval(unit, F.normalize(encode_texts(model, tokenizer, texts, amp), dim=1), pairs)
                 if probe or neighbors:

@@ -39,7 +39,7 @@ import re
 import signal
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -111,7 +111,7 @@ def sigmoid_loss(image_features, text, logit_scale, bias, all_text=None):
 
 
 def nce_loss(image_features, text, logit_scale, all_text=None):
-    """The paper's InfoNCE with several positives, over the pairs of all ranks: the mean of CLIP's losses of the K slots.
+    """The paper's InfoNCE with several positives over the pairs of all ranks: the mean of CLIP's losses of K slots.
 
     image_features [B, D]: unit rows. text [B, K, D]: K unit rows for each image, constants. all_text [N, K, D]: text of
     all ranks, if the caller has it already. Slot j of an image meets slot j of the other images only. Returns a scalar
@@ -158,9 +158,9 @@ def tidy(text):
 def facet_mask(prefix, facets):
     """Facet-decoupled attention: bool [T, T], true where a query (row) may look at a key (column).
 
-    prefix: number of tokens before the facets. facets: list of their lengths. T is the sum of all. No token looks ahead.
-    A token of a facet looks at the prefix and at its own facet, but not at other facets. So one pass over a caption
-    serves all facets (released code, multiprompteol_embeddings.py).
+    prefix: number of tokens before the facets. facets: list of their lengths. T is the sum of all. No token looks
+    ahead. A token of a facet looks at the prefix and at its own facet, but not at other facets. So one pass over a
+    caption serves all facets (released code, multiprompteol_embeddings.py).
     """
     group = torch.repeat_interleave(torch.tensor([prefix, *facets]))  # [T]: 0 in the prefix, i in facet i
     place = torch.arange(len(group))
@@ -215,8 +215,8 @@ class LanguageModel:
         try:
             config = transformers.AutoConfig.from_pretrained(name)
             if config.model_type not in self.KINDS:
-                raise SystemExit(f"--lm {name} is a {config.model_type}; embed reads causal language models of the kinds "
-                                 f"{', '.join(self.KINDS)} (SmolLM2 is a llama)")
+                raise SystemExit(f"--lm {name} is a {config.model_type}; embed reads causal language models of the "
+                                 f"kinds {', '.join(self.KINDS)} (SmolLM2 is a llama)")
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             model = transformers.AutoModel.from_pretrained(name, dtype="auto", attn_implementation="sdpa")
         except Exception as error:  # transformers raises many kinds
@@ -301,15 +301,27 @@ def other(about, before):
 def captions_to_embed(dataset, rewritten):
     """For each sample the texts that are embedded: (caption,), or (caption, short one, long one) if captions were
     rewritten. SystemExit if a sample has no such three."""
-    found = []
+    found, several = [], 0
     for i in range(len(dataset)):
         texts = [" ".join(text.split()) for text in dataset.captions(i)]
         if rewritten and len(texts) != 3:
-            raise SystemExit(f"--rewritten: {dataset.key(i)} has {len(texts)} captions in place of three: its own, a short "
-                             "and a long rewritten one, in this order (a .jsonl with lists, or --subset with three lines "
-                             "a key)")
+            raise SystemExit(f"--rewritten: {dataset.key(i)} has {len(texts)} captions in place of three: its own, a "
+                             "short and a long rewritten one, in this order (a .jsonl with lists, or --subset with "
+                             "three lines a key)")
+        several += len(texts) > 1
         found.append(tuple(texts if rewritten else texts[:1]))
+    if several and not rewritten:
+        print(f"{several} of {len(dataset)} pairs have several captions; only the first is embedded (see --rewritten)")
     return found
+
+
+def check_length(lm, kind, text):
+    """SystemExit if a text is too long for the language model. No token is shorter than a byte, so only texts of about
+    as many bytes as the model reads tokens need to be counted."""
+    longest = 400  # bytes, more than a prompt has without the text
+    if len(text.encode()) + longest > lm.context and (length := lm.length(kind, text)) > lm.context:
+        raise SystemExit(f"the text {text[:40]!r}... has {length} tokens in its prompt, and {lm.name} reads "
+                         f"{lm.context}: leave it out, or shorten it (a caption: by --subset)")
 
 
 def embed_captions(lm, captions, about, folder, rank=0, world=1, chunk=128):
@@ -327,17 +339,16 @@ def embed_captions(lm, captions, about, folder, rank=0, world=1, chunk=128):
     unique, number = [*numbers], np.array([numbers[caption] for caption in captions])
     kinds = ("raw", "short", "long") if about["rewritten"] else ("raw", "long")
     for caption in unique:
-        for kind, text in zip(kinds, caption * (len(kinds) // len(caption))):
-            # a text has no more tokens than bytes, so that most need not be counted; 400 is more than a prompt has
-            if len(text.encode()) + 400 > lm.context and (length := lm.length(kind, text)) > lm.context:
-                raise SystemExit(f"the caption {text[:40]!r}... has {length} tokens in its prompt, and {lm.name} reads "
-                                 f"{lm.context}: leave its pair out, or give it a shorter caption, by --subset")
+        for k, kind in enumerate(kinds):
+            check_length(lm, kind, caption[min(k, len(caption) - 1)])
     order = number.argsort(kind="stable")  # samples, those of the first caption first
     starts = np.searchsorted(number[order], np.arange(len(unique) + 1))
     shape, size = (len(captions), len(about["prompts"]), about["dim"]), 2 * len(about["prompts"]) * about["dim"]
     vectors, done, part = folder / "embeddings.npy", folder / "done.part", folder / "embeddings.part.npy"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("it cannot be written")
         with data.locked(folder / "embeddings"):
             whole = (folder / "embeddings.json").exists()
             if not whole and not done.exists():
@@ -354,7 +365,7 @@ def embed_captions(lm, captions, about, folder, rank=0, world=1, chunk=128):
             mine = [c for c in range(rank, len(marks.read()), world)]
             todo = [c for c in mine if not os.pread(marks.fileno(), 1, c)[0]]
             bar = tqdm(total=len(mine) * chunk, initial=(len(mine) - len(todo)) * chunk, unit="caption",
-                       disable=rank > 0)
+                       disable=rank > 0, delay=1)
             for c in todo:
                 part_of = unique[c * chunk:(c + 1) * chunk]
                 rows = torch.cat([lm(kind, [caption[min(k, len(caption) - 1)] for caption in part_of])
@@ -386,8 +397,10 @@ def embed_texts(lm, prompts, captions, folder, known=(), chunk=256):
     todo = [(text, True) for text in prompts if not (text in where and raw[where[text]])]
     chosen = {*prompts}
     todo += [(text, False) for text in captions if text not in where and text not in chosen]
-    vectors, raw = [*vectors], [*raw]
-    bar = tqdm(total=len(todo), unit="text", desc="texts of tests", disable=not todo)
+    for text, is_raw in todo:
+        check_length(lm, "raw" if is_raw else "long", text)
+    vectors, raw, saved = [*vectors], [*raw], time.monotonic()
+    bar = tqdm(total=len(todo), unit="text", desc="texts of tests", delay=1)
     for is_raw in (True, False):
         texts = [text for text, of in todo if of == is_raw]
         for start in range(0, len(texts), chunk):
@@ -404,8 +417,12 @@ def embed_texts(lm, prompts, captions, folder, known=(), chunk=256):
                     raw.append(None)
                 vectors[where[text]], raw[where[text]] = rows[text] if text in rows else known[text], is_raw
             bar.update(len(some))
-            write_texts(folder, names, vectors, raw)
+            if time.monotonic() > saved + 60:  # so that a kill costs little
+                write_texts(folder, names, vectors, raw)
+                saved = time.monotonic()
     bar.close()
+    if todo:
+        write_texts(folder, names, vectors, raw)
 
 
 def read_texts(folder):
@@ -416,16 +433,19 @@ def read_texts(folder):
     except FileNotFoundError:
         return [], np.zeros((0, 0), np.float16), np.zeros(0, bool)
     except Exception as error:
-        raise SystemExit(f"{folder / 'texts.npz'} is damaged ({type(error).__name__}): delete it and embed the texts of "
-                         "tests again") from None
+        raise SystemExit(f"{folder / 'texts.npz'} is damaged ({type(error).__name__}): delete it and embed the texts "
+                         "of tests again") from None
 
 
 def write_texts(folder, names, vectors, raw):
     """Writes texts.npz. The names are bytes of a JSON list, because an array of strings is as wide as its longest."""
     part = folder / "texts.part.npz"
-    np.savez(part, names=np.frombuffer(json.dumps(names).encode(), np.uint8), vectors=np.stack(vectors),
-             raw=np.array(raw))
-    os.replace(part, folder / "texts.npz")
+    try:
+        np.savez(part, names=np.frombuffer(json.dumps(names).encode(), np.uint8), vectors=np.stack(vectors),
+                 raw=np.array(raw))
+        os.replace(part, folder / "texts.npz")
+    except OSError as error:
+        raise SystemExit(f"--out {folder}: {error.strerror or error}") from None
 
 
 class TextStore:
@@ -447,8 +467,7 @@ class TextStore:
         try:
             self.about = json.loads(Path(folder, "embeddings.json").read_text())
             vectors = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            shape = tuple(self.about["count"] if i == 0 else size for i, size in
-                          enumerate((0, len(self.about["prompts"]), self.about["dim"])))
+            shape = self.about["count"], len(self.about["prompts"]), self.about["dim"]
             if vectors.shape != shape or vectors.dtype != np.float16:
                 raise ValueError(f"embeddings.npy has the shape {vectors.shape} in {vectors.dtype}, embeddings.json "
                                  f"says {shape} in float16")
@@ -457,7 +476,9 @@ class TextStore:
         some = np.array(vectors[::math.ceil(len(vectors) / 1000)])
         norms = np.linalg.norm(some.astype(np.float32), axis=-1)
         if not (abs(norms - 1) <= 1e-2).all():
-            raise SystemExit(f"{self.path} has a row of norm {norms.flat[abs(norms - 1).argmax()]:.3f}; all must have 1")
+            worst = np.nan_to_num(abs(norms - 1), nan=np.inf).argmax()
+            raise SystemExit(f"{self.path} has a row of norm {norms.flat[worst]:.3f}, and all must have norm 1: delete "
+                             f"{folder} and embed the captions again")
         self.digest = hashlib.sha256(json.dumps(self.about).encode() + some.tobytes()).hexdigest()
         self.names, self.vectors, self.raw = read_texts(self.folder)
         self.where = {name: i for i, name in enumerate(self.names)}
@@ -470,16 +491,16 @@ class TextStore:
             whole = data.open_dataset(spec, None, None, None, root)
             if self.about["data"] == data.fingerprint(whole) and max(dataset.keep) < len(whole):
                 return np.asarray(dataset.keep)
-        raise SystemExit(f"--texts: {self.folder} holds the vectors of other data ({self.about['count']} pairs), not of "
-                         f"these {len(dataset)} pairs: give --data, --subset and --limit as they were given to embed, or "
-                         "embed these")
+        raise SystemExit(f"--texts: {self.folder} holds the vectors of other data ({self.about['count']} pairs), not "
+                         f"of these {len(dataset)} pairs: give --data, --subset and --limit as they were given to "
+                         "embed, or embed these")
 
     def __call__(self, texts):
         texts = [" ".join(text.split()) for text in texts]
         if missing := [text for text in texts if text not in self.where]:
-            raise SystemExit(f"{self.folder} holds no vector of the text {missing[0]!r} ({len(missing)} of {len(texts)} "
-                             f"are missing): python flame.py embed --out {self.folder} --tests TEST adds the texts of a "
-                             "test set, and --lines FILE those of a file, one a line")
+            raise SystemExit(f"{self.folder} holds no vector of the text {missing[0]!r} ({len(missing)} of "
+                             f"{len(texts)} are missing): python flame.py embed --out {self.folder} --tests TEST adds "
+                             "the texts of a test set, and --lines FILE those of a file, one a line")
         return torch.tensor([[1 + self.where[text]] for text in texts])
 
 
@@ -582,7 +603,7 @@ class FLAME(nn.Module):
         self.visual = VisionTransformer(embed_dim, image_size, patch_size, vision_width, vision_layers, quick_gelu)
         for parameter in (*self.visual.ln_post.parameters(), self.visual.proj):
             parameter.requires_grad_(False)
-        # The released code has max(D, 4096) hidden units, which is D for its language model. For small ones D is enough.
+        # The released code has max(D, 4096) hidden units, which is D for its language model. For small ones we take D.
         self.projector = nn.Sequential(
             nn.Linear(vision_width, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if bias else 1 / .07)))  # the log of s
@@ -618,16 +639,16 @@ class FLAME(nn.Module):
         """A model from what a checkpoint in a folder holds, and the store as its tokenizer. $FLAME_TEXTS names a store
         that has moved."""
         sizes = dict(sizes)
-        texts = os.environ.get("FLAME_TEXTS") or os.path.normpath(Path(folder, sizes.pop("texts")))
-        sizes.pop("texts", None)
+        beside = os.path.normpath(Path(folder, sizes.pop("texts")))
+        texts = os.environ.get("FLAME_TEXTS") or beside
         if not os.path.isdir(texts):
             raise SystemExit(f"the texts of this checkpoint are not in {texts}: name their folder by $FLAME_TEXTS")
         model = cls(**sizes)
         model.load_state_dict(state)
         model.store = TextStore(texts)
         if model.store.about["dim"] != sizes["dim"] or len(model.store.about["prompts"]) != sizes["rows"]:
-            raise SystemExit(f"{texts} holds vectors of another language model or of other prompts than this checkpoint "
-                             "was trained with: name the right folder by $FLAME_TEXTS")
+            raise SystemExit(f"{texts} holds vectors of another language model or of other prompts than this "
+                             "checkpoint was trained with: name the right folder by $FLAME_TEXTS")
         return model, model.store
 
 
@@ -683,7 +704,7 @@ def mean_rows(path, rows, most=2 ** 16):
     """Means of the M stored rows over these samples (evenly spaced ones, if there are more than `most`): [M, D]."""
     vectors, total = data.mapped(path), 0
     rows = rows[::math.ceil(len(rows) / most)]
-    for some in np.array_split(rows, math.ceil(len(rows) / 1024)):
+    for some in np.array_split(rows, math.ceil(len(rows) / 256)):
         total = total + torch.from_numpy(vectors[some]).double().sum(0)
     return (total / len(rows)).float()
 
@@ -933,15 +954,14 @@ def embed(argv):
     if dataset:
         own = captions_to_embed(dataset, args.rewritten)
         whole = embed_captions(lm, own, about_rows(lm, dataset, args.rewritten), folder, rank, world)
-        if whole and not args.rewritten and captions:
-            vectors, rows = np.load(folder / "embeddings.npy", mmap_mode="r"), lm.about
-            rows = json.loads(before.read_text())["caption_rows"]
-            first = {text: i for i, (text,) in reversed(list(enumerate(own)))}
-            known = {text: vectors[first[text], rows].astype(np.float32).mean(0).astype(np.float16)
-                     for text in {" ".join(text.split()) for text in captions} & {*first}}
+        if whole and not args.rewritten:  # test captions that are training captions too have their rows already
+            vectors = np.load(folder / "embeddings.npy", mmap_mode="r")
+            rows, place = json.loads(before.read_text())["caption_rows"], {text: i for i, (text,) in enumerate(own)}
+            known = {text: vectors[place[text], rows].astype(np.float32).mean(0).astype(np.float16)
+                     for text in {" ".join(text.split()) for text in captions} & {*place}}
     elif differ := other(lm.about, json.loads(before.read_text())):
-        raise SystemExit(f"--lm {args.lm}: {folder} holds vectors that differ in: {differ}; give the same language model "
-                         "and --restart-positions as before, or another --out")
+        raise SystemExit(f"--lm {args.lm}: {folder} holds vectors that differ in: {differ}; give the same language "
+                         "model and --restart-positions as before, or another --out")
     if rank == 0:
         embed_texts(lm, prompts, captions, folder, known)
         print(f"{folder} holds {', '.join(sorted(os.listdir(folder)))}" + (
@@ -970,8 +990,8 @@ def positive(text):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="A flag that is not given takes the value of the recipe. The command "
-        "embed, which comes before all flags, has flags of its own: python flame.py embed --help")
+        description=__doc__.splitlines()[0], epilog="A flag that is not given takes the value of the recipe. The "
+        "command embed, which comes before all flags, has flags of its own: python flame.py embed --help")
     add = parser.add_argument
     add("--data", default="toy",
         help="toy, cc3m, cc12m, yfcc15m, or a path: folder or pattern of webdataset tars, .tsv, .csv, .jsonl")
@@ -1001,8 +1021,8 @@ def parse_args(argv=None):
     add("--out", help="default: runs/<script>-<data>; a run that finds its own checkpoint there resumes")
     add("--restart", action="store_true", help="delete the checkpoints in --out and begin anew")
     add = parser.add_argument_group("FLAME").add_argument
-    add("--texts", metavar="FOLDER", help="the stored vectors, made by python flame.py embed (default, for the toy only: "
-        "vectors of words)")
+    add("--texts", metavar="FOLDER", help="the stored vectors, made by python flame.py embed (default, for the toy "
+        "only: vectors of words)")
     add("--facets", type=positive, help="K, rows of a picture used at a step, of the M that are stored")
     add("--loss", choices=("sigmoid", "nce"), default="sigmoid", help="default: %(default)s")
     add("--centre", action="store_true", help="subtract their mean from the vectors, also in tests (ours; for small "
@@ -1013,24 +1033,24 @@ def parse_args(argv=None):
 def parse_embed_args(argv):
     """The flags of the command embed."""
     parser = argparse.ArgumentParser(
-        prog="flame.py embed", description="Stores the vectors that a frozen language model gives captions and texts of "
-        "tests. An interrupted job goes on where it stopped. torchrun starts one process for each GPU.")
+        prog="flame.py embed", description="Stores the vectors that a frozen language model gives captions and texts "
+        "of tests. An interrupted job goes on where it stopped. torchrun starts one process for each GPU.")
     add = parser.add_argument
-    add("--lm", help="folder or hub's name of a causal language model of the Llama kind (SmolLM2, Llama, Mistral, Qwen2); "
-        "or words, the toy's stand-in (default: the one that --out was made with)")
+    add("--lm", help="folder or hub's name of a causal language model of the Llama kind (SmolLM2, Llama, Mistral, "
+        "Qwen2); or words, the toy's stand-in (default: the one that --out was made with)")
     add("--out", required=True, metavar="FOLDER", help="what --texts of the training will name")
     add("--data", help="the captions: what --data of the training will name")
     add("--data-root", help="where the folders cc3m, cc12m and yfcc15m are (default: $CLIP_DATA or ./datasets)")
     add("--limit", type=positive, help="only the first N pairs")
     add("--subset", help="only pairs whose keys are in this file, one a line; a caption after a tab replaces their own")
-    add("--rewritten", action="store_true", help="each pair has three captions: its own, a short and a long rewritten one; "
-        "this makes 11 rows a picture in place of 8")
+    add("--rewritten", action="store_true", help="each pair has three captions: its own, a short and a long rewritten "
+        "one; this makes 11 rows a picture in place of 8")
     add("--tests", help="comma list of test sets, whose class prompts and captions are added: what --eval takes")
     add("--templates", metavar="FILE", help="prompts of the tests in place of eval.py's, a line each, with {}")
     add("--classnames", metavar="FILE", help="names of the classes in place of the tests' own, a line each")
     add("--lines", metavar="FILE", help="more texts to add, a line each")
-    add("--restart-positions", action="store_true", help="each facet takes the positions that follow the caption, as if "
-        "it were a prompt of its own (released: positions run on)")
+    add("--restart-positions", action="store_true", help="each facet takes the positions that follow the caption, as "
+        "if it were a prompt of its own (released: positions run on)")
     add("--batch-tokens", type=positive, default=16384, help="tokens of a forward pass, about (default: %(default)s)")
     return parser.parse_args(argv)
 
