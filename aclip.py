@@ -592,6 +592,7 @@ AUGMENT = {  # Two entries for each method: how much of a picture's area a crop 
     "slip": ((.08, 1.), dict(flip=.5, jitter=(.8, .4, .4, .4, .1), grey=.2, blur=.5)),
     # no flip, so that a place in one crop is found in another by shift and scale
     "aclip": ((.5, 1.), dict(jitter=(.8, .4, .4, .2, .1), grey=.2, blur=.1, solarize=.2)),
+    "flame": ((.9, 1.), dict()),
 }
 
 

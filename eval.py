@@ -294,13 +294,18 @@ def encode_texts(model, tokenizer, texts, amp=None, batch_size=1024):
     return torch.cat(rows)
 
 
+def class_prompts(classnames, templates=TEMPLATES):
+    """For each class the list of its prompts. Arguments: see text_classifier."""
+    return [[t.replace("{}", name.strip()) for name in names.split("|") for t in templates] for names in classnames]
+
+
 def text_classifier(model, tokenizer, classnames, templates=TEMPLATES, amp=None):
     """One unit row a class, [C, D]: the mean of the unit features of its prompts, made a unit vector.
 
     classnames: one string a class; a class with several names has them all in it, as "cat|kitten". templates: prompts
     with {} where the name goes. Every name of a class is written into every prompt, and all of these count equally.
     """
-    prompts = [[t.replace("{}", name.strip()) for name in names.split("|") for t in templates] for names in classnames]
+    prompts = class_prompts(classnames, templates)
     x = F.normalize(encode_texts(model, tokenizer, [p for of_class in prompts for p in of_class], amp), dim=1)
     return F.normalize(torch.stack([rows.mean(0) for rows in x.split([len(of_class) for of_class in prompts])]), dim=1)
 
@@ -491,6 +496,21 @@ def captions_of(dataset, index):
     return list(texts), pairs
 
 
+def phrased(spec, templates):
+    """The templates for a test. Only our own get the phrase of one of torchvision's sets; those of --templates are used
+    as they are."""
+    _, _, _, _, phrase = DATASETS.get(spec, (None, None, None, None, "{}"))
+    return [t.replace("{}", phrase) for t in templates] if templates is TEMPLATES else templates
+
+
+def texts_of(spec, dataset, templates=TEMPLATES, classnames=None):
+    """All texts that evaluate encodes for a test: two lists, the prompts of its classes and its captions. They are for
+    models whose texts are encoded in advance."""
+    names = classnames or dataset.classnames or []
+    prompts = [prompt for of_class in class_prompts(names, phrased(spec, templates)) for prompt in of_class]
+    return prompts, captions_of(dataset, torch.arange(len(dataset)))[0]
+
+
 # evaluation
 
 def short_name(spec):
@@ -533,7 +553,7 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
     try:
         with torch.inference_mode():
             for number, (spec, dataset) in enumerate(zip(tests, sets)):
-                _, _, _, metric, phrase = DATASETS.get(spec, (None, None, None, "top1", "{}"))
+                _, _, _, metric, _ = DATASETS.get(spec, (None, None, None, "top1", None))
                 x, index = encode_images(model, dataset, preprocess, amp, batch_size, workers)
                 unit, (texts, pairs) = F.normalize(x, dim=1), captions_of(dataset, index)
                 names = classnames or dataset.classnames
@@ -542,9 +562,8 @@ def evaluate(model, tokenizer, preprocess, tests, amp=None, workers=0, templates
                 result = {"metric": metric if names else "i2t@1", "n": len(x), "unreadable": len(dataset) - len(x)}
                 if names:
                     y = labels_of(dataset, index, names, spec)
-                    # only our own prompts get the phrase; those of --templates are used as they are
-                    prompts = [t.replace("{}", phrase) for t in templates] if templates is TEMPLATES else templates
-                    result |= zero_shot(unit, y, text_classifier(model, tokenizer, names, prompts, amp))
+                    classifier = text_classifier(model, tokenizer, names, phrased(spec, templates), amp)
+                    result |= zero_shot(unit, y, classifier)
                 if texts:
                     result |= retrieval(unit, F.normalize(encode_texts(model, tokenizer, texts, amp), dim=1), pairs)
                 if probe or neighbors:
@@ -755,8 +774,11 @@ def load(path, device="cpu", weights="model", quick_gelu=None, bpe=None):
     cls = next((c for name, c in vars(module).items() if name.lower() == script and isinstance(c, type)), None)
     if cls is None:
         raise SystemExit(f"{path}: there is no model in {script}.py")
-    model = module.build(checkpoint[weights], cls, **checkpoint["sizes"])
-    tokenizer = data.Tokenizer(read_merges(checkpoint), checkpoint["context"])
+    if hasattr(cls, "restore"):  # a model that brings its own tokenizer, such as a table of texts encoded in advance
+        model, tokenizer = cls.restore(checkpoint[weights], checkpoint["sizes"], Path(path).parent)
+    else:
+        model = module.build(checkpoint[weights], cls, **checkpoint["sizes"])
+        tokenizer = data.Tokenizer(read_merges(checkpoint), checkpoint["context"])
     return model.to(device).eval(), tokenizer, data.Preprocess(**checkpoint["preprocess"])
 
 

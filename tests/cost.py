@@ -49,6 +49,7 @@ ROWS = {  # script and flags; the same of its baseline; pairs of a batch on a GP
                   "clip --model ViT-B-16 --augment aclip", 512),
     "tinyclip": (STUDENT, f"{STUDENT} --init none --alpha 0 --logit-scale 0", 512),
     "slip": ("slip --model ViT-B-16 --augment slip", "clip --model ViT-B-16 --augment slip", 256),
+    "flame": ("flame --model ViT-B-16 --augment clip --texts {folder}/texts", "clip --model ViT-B-16", 384),
     "tinyclip-cached": (f"{STUDENT} --cache-teacher-text", f"{STUDENT} --init none --alpha 0 --logit-scale 0", 512),
 }
 PEAKS = {"H100": 989, "H200": 989, "A100": 312}  # dense TFLOP/s in bf16 by name of the device, NVIDIA's data sheets
@@ -73,8 +74,10 @@ class FixedBatch:
 
             def collate(samples):
                 batch = cut(samples)
-                missing = max(0, self.tokens - batch["tokens"].shape[-1])
-                return batch | {"tokens": F.pad(batch["tokens"], (0, missing))}
+                if "tokens" in batch:
+                    missing = max(0, self.tokens - batch["tokens"].shape[-1])
+                    batch["tokens"] = F.pad(batch["tokens"], (0, missing))
+                return batch
 
             with mock.patch.object(data, "collate", collate):  # a script's own calls it
                 samples = [self.dataset[item] for item in next(iter(self.batches))]
@@ -125,7 +128,9 @@ def make_inputs(folder, pairs, teacher=True):
 def train(command, folder, args, batch_size, loader, *patches, more=""):
     """Rows of the log of a run over args.steps batches of the inputs in a folder, which saves no checkpoints."""
     script, *flags = command.format(folder=folder).split()
-    flags += ["--data", str(folder / "pairs.jsonl"), "--bpe", str(folder / "merges.txt"), *more.split()]
+    flags += ["--data", str(folder / "pairs.jsonl"), *more.split()]
+    if hasattr(importlib.import_module(script).parse_args([]), "bpe"):
+        flags += ["--bpe", str(folder / "merges.txt")]
     flags += (f"--recipe cc3m --epochs 1 --warmup 1 --lr 1e-5 --eval= --workers 0 --restart --amp {args.amp} "
               f"--batch-size {batch_size} --limit {args.steps * batch_size}").split()
     no_saving = mock.patch.object(importlib.import_module(script), "save_checkpoint", lambda path, **state: None)

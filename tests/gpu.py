@@ -36,6 +36,7 @@ CHECKS = {  # script: flags of its small runs (three epochs of three steps), the
                   "--teacher {folder}/teacher.pt --auto .25 --prune-step 7 --sparsity-warmup 3"],
                  ["tinyclip", "tinyclip-cached"]),
     "slip": (["--augment slip"], ["slip"]),
+    "flame": (["--augment declip", "--loss nce --centre"], ["flame"]),
 }
 # clusters and masks turn rounding into other choices; tinyclip has a scale of 50, slip divides by .1
 LOOSE = {"protoclip": 10, "aclip": 10, "tinyclip": 30, "slip": 5}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # a new script joins the tests by its name here
-SCRIPTS = ("clip", "declip", "protoclip", "aclip", "tinyclip", "slip", "frequency", "nmtune")
+SCRIPTS = ("clip", "declip", "protoclip", "aclip", "tinyclip", "slip", "flame", "frequency", "nmtune")
 OWN = {"main", "parse_args", "RECIPES"}
 
 
