@@ -648,7 +648,7 @@ def masks_picture(path, ema, preprocess, dataset, show=8):
 RECIPES = {  # batch size of all ranks together, warm-up in steps
     # toy and small are ours. The captions of toy name colours, so its colours stay. These runs have few steps: with m
     # from .996 the EMA tower would stay near its start, where the masks are chance.
-    "toy": dict(model="tiny", batch_size=128, epochs=48, lr=1e-3, warmup=50, weight_decay=.1, augment="clip",
+    "toy": dict(model="tiny", batch_size=128, epochs=48, lr=5e-4, warmup=50, weight_decay=.1, augment="clip",
                 ssl_mlp_dim=512, ema_momentum=.9, eval="toy-tune,toy", eval_every=6),
     "small": dict(model="tiny-4", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="aclip",
                   ssl_mlp_dim=512, ema_momentum=.9),

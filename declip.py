@@ -716,8 +716,7 @@ def neighbor_picture(path, model, tokenizer, dataset, queue, count=8):
 
 
 RECIPES = {  # batch size of all ranks together, warm-up in steps; percentages are zero-shot ImageNet
-    # toy and small are ours. toy does not change colours, because its captions name them. Its learning rate
-    # is half of clip.py's, with which declip.py memorises the pairs.
+    # toy and small are ours. toy does not change colours, because its captions name them.
     "toy": dict(
         model="tiny", batch_size=128, epochs=48, lr=5e-4, warmup=50, weight_decay=.1, augment="clip",
         eval="toy-tune,toy", eval_every=6),

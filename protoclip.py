@@ -750,7 +750,7 @@ RECIPES = {  # batch size of all ranks together, warm-up in steps; K = m / 10 as
     # toy and small are ours. An episode of toy has as many pairs as its data. It keeps colours, because captions name
     # them.
     "toy": dict(
-        model="tiny", batch_size=128, epochs=48, lr=1e-3, warmup=50, weight_decay=.1, augment="clip",
+        model="tiny", batch_size=128, epochs=48, lr=5e-4, warmup=50, weight_decay=.1, augment="clip",
         eval="toy-tune,toy", eval_every=6, episode_size=1024, prototypes=100, warmup_episodes=6),
     "small": dict(
         model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="protoclip",

@@ -495,7 +495,7 @@ def picture(path, model, tokenizer, preprocess, dataset, count=64, show=12):
 
 RECIPES = {  # batch size of all ranks together, warm-up in steps
     # toy and small are ours; the captions of toy name colours, so its crops keep them
-    "toy": dict(model="tiny", batch_size=128, epochs=48, lr=1e-3, warmup=50, weight_decay=.1, augment="clip",
+    "toy": dict(model="tiny", batch_size=128, epochs=48, lr=5e-4, warmup=50, weight_decay=.1, augment="clip",
                 ssl_mlp_dim=512, eval="toy-tune,toy", eval_every=6),
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="slip",
                   ssl_mlp_dim=512),

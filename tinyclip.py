@@ -933,7 +933,7 @@ OFFICIAL = dict(
     prune_step=3000, sparsity_warmup=1000, gate_lr=.02)
 RECIPES = {  # batch size of all ranks together, warm-up in steps; with --auto the warm-up is --prune-step, as released
     # toy and small are ours
-    "toy": dict(model="tiny-half", batch_size=128, epochs=48, lr=1e-3, warmup=20, weight_decay=.2, augment="clip",
+    "toy": dict(model="tiny-half", batch_size=128, epochs=48, lr=5e-4, warmup=20, weight_decay=.2, augment="clip",
                 eval="toy-tune,toy", eval_every=6, prune_step=192, sparsity_warmup=160, gate_lr=.04),
     "small": dict(model="tiny-half", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.2, augment="clip",
                   prune_step=200, sparsity_warmup=160, gate_lr=.04),

@@ -8,10 +8,12 @@ Every row is a command, trained once a seed, one process a core. A finished run 
 on, so the command may be stopped and given again. --out keeps the runs, the tables (claims.md) and the picture
 (claims.svg); both are written anew after each run. Flags that are not listed by --help go to every script.
 
-Three scores of a run are reported, all on pictures that no choice was made by. "Last" is the score after the last
-step. "Best" is the score at the step where the tuning set's is highest. "Equal time" is the score after as many seconds
-as the first row of the table takes, read between tests along a straight line; the seconds are the log's own, without
-those of tests. The probe, where there is one, is trained and tested on other pictures of the kinds that training names.
+Four scores of a run are reported, all on pictures that no choice was made by. "Last" is the score after the last step.
+"Best" is the score at the step where the tuning set's is highest. "Equal time" is the score after as many seconds as
+the first row of the table takes, read between tests along a straight line; the seconds are the log's own, without those
+of tests. "Recall at 5" is how often, after the last step, a picture's own caption is among the five that the model
+ranks highest; another seed moves it less. The probe, where there is one, is trained and tested on other pictures of the
+kinds that training names.
 """
 import argparse
 import json
@@ -121,15 +123,20 @@ CLAIMS = [
 
 @dataclass
 class Run:
-    """n tests of one run, in order: steps [n], seconds [n] of training before each, score and tune [n] in per cent."""
+    """n tests of one run, in order: steps [n], seconds [n] of training before each, score and tune [n] in per cent.
+    recall: at 5, captions of pictures, of the last test, in per cent."""
     steps: list
     seconds: list
     score: list
     tune: list
+    recall: float | None = None
     probe: float | None = None
 
     def last(self):
         return self.score[-1]
+
+    def last_recall(self):
+        return self.recall
 
     def best_place(self):
         """Number of the test where the tuning set's score is highest; the first of equal ones."""
@@ -190,6 +197,7 @@ def read_run(folder, metric):
             run.steps.append(row["step"])
             run.seconds.append(seconds)
             run.score.append(score)
+            run.recall = 100 * [*row["eval"].values()][1]["i2t@5"]
             run.tune.append(tune)
     if (folder / "probe.json").exists():
         result, = json.loads((folder / "probe.json").read_text()).values()
@@ -217,7 +225,8 @@ def share(x):
 def verdict(method, baseline, seconds):
     """What stands out between two lists of runs: is the method's worst seed above the baseline's best one?"""
     parts = []
-    for name, score in (("last", Run.last), ("best", Run.best), ("equal time", lambda run: run.after(seconds))):
+    for name, score in (("last", Run.last), ("best", Run.best), ("equal time", lambda run: run.after(seconds)),
+                        ("recall at 5", Run.last_recall)):
         worst, best = min(map(score, method)), max(map(score, baseline))
         parts.append(f"{name} {worst:.1f} against {best:.1f}" + (" (above)" if worst > best else " (not above)"))
     return ", ".join(parts)
@@ -255,20 +264,22 @@ def declip_table(found, pairs_of):
     clip, declip = ({pairs_of(n): runs for n, runs in by_pairs(found, name).items()} for name in ("clip", "declip"))
     if len(clip) < 2 or not declip:
         return
-    yield "| pairs | CLIP, last | best | DeCLIP, last | best | times fewer pairs, last | best | last, by seed |"
-    yield "|" + "---|" * 8
+    scores = Run.last, Run.best, Run.last_recall
+    yield ("| pairs | CLIP: last | best | recall at 5 | DeCLIP: last | best | recall at 5 | times fewer pairs: last | "
+           "best | recall at 5 | last, by seed |")
+    yield "|" + "---|" * 11
     for n in sorted({*clip, *declip}):
         cells = [f"{n:,}"]
         for runs in (clip.get(n), declip.get(n)):
-            cells += [with_spread([score(run) for run in runs]) if runs else "" for score in (Run.last, Run.best)]
+            cells += [with_spread([score(run) for run in runs]) if runs else "" for score in scores]
         if n in declip:
-            for score in (Run.last, Run.best):
+            for score in scores:
                 curve = {m: mean(map(score, runs)) for m, runs in clip.items()}
                 cells.append(fewer_pairs(curve, n, mean(map(score, declip[n]))))
             shared = min(map(len, [*clip.values(), declip[n]]))
             cells.append("; ".join(fewer_pairs({m: runs[i].last() for m, runs in clip.items()}, n, declip[n][i].last())
                                    for i in range(shared)))
-        yield "| " + " | ".join(cells + [""] * (8 - len(cells))) + " |"
+        yield "| " + " | ".join(cells + [""] * (11 - len(cells))) + " |"
     yield ("\nTimes fewer pairs: the pairs that CLIP needs for DeCLIP's score, over DeCLIP's; > or < where CLIP's "
            "curve ends before it comes there.")
 
@@ -286,14 +297,15 @@ def tables(found, rows, pairs_of):
         if title == "DeCLIP":
             yield from declip_table(found, pairs_of)
             yield ""
-        yield "| | command | seeds | last | best | equal time | probe | pairs/s |"
-        yield "|" + "---|" * 8
+        yield "| | command | seeds | last | best | equal time | recall at 5 | probe | pairs/s |"
+        yield "|" + "---|" * 9
         for name in names:
             runs = found[name]
             probes = [run.probe for run in runs if run.probe is not None]
             speed = mean(BATCH * run.steps[-1] / run.seconds[-1] for run in runs)
             cells = [name, f"`{commands[name]}`", str(len(runs)), with_spread([run.last() for run in runs]),
                      with_spread([run.best() for run in runs]), with_spread([run.after(seconds) for run in runs]),
+                     with_spread([run.recall for run in runs]),
                      with_spread(probes) if probes else "", f"{speed:.0f}"]
             yield "| " + " | ".join(cells) + " |"
         yield ""

@@ -22,7 +22,7 @@ def write_log(folder, rows):
 
 
 def evaluated(step, top1, tune):
-    return {"step": step, "eval": {"toy-tune": {"top1": tune}, "toy": {"top1": top1}}}
+    return {"step": step, "eval": {"toy-tune": {"top1": tune, "i2t@5": 0}, "toy": {"top1": top1, "i2t@5": 2 * top1}}}
 
 
 def a_log(tmp_path, scores, speed=128.):
@@ -37,7 +37,7 @@ def a_log(tmp_path, scores, speed=128.):
 def test_last_best_and_equal_time(tmp_path):
     run = claims.read_run(a_log(tmp_path / "a", [(.10, .2), (.30, .4), (.20, .4), (.40, .3)]), "top1")
     assert run.steps == [10, 20, 30, 40] and run.seconds == pytest.approx([10, 20, 30, 40])
-    assert run.last() == pytest.approx(40) and run.probe is None
+    assert run.last() == pytest.approx(40) and run.recall == pytest.approx(80) and run.probe is None
     assert run.best() == pytest.approx(30)  # the first of the two best by the tuning half, not the best reported one
     assert [run.after(t) for t in (0, 10, 15, 30, 35, 99)] == pytest.approx([10, 10, 20, 20, 30, 40])
     slow = claims.read_run(a_log(tmp_path / "b", [(.10, .2), (.30, .4)], speed=64.), "top1")
@@ -73,10 +73,10 @@ def test_pairs_for_the_same_accuracy():
 
 
 def test_worst_seed_against_best():
-    low, high = ([claims.Run([1], [1.], [x], [0.]) for x in scores] for scores in ((10., 12.), (12.5, 20.)))
+    low, high = ([claims.Run([1], [1.], [x], [0.], 2 * x) for x in scores] for scores in ((10., 12.), (12.5, 20.)))
     said = claims.verdict(high, low, 1)
-    assert said.count("(above)") == 3 and "last 12.5 against 12.0" in said
-    assert claims.verdict(low, high, 1).count("(not above)") == 3
+    assert said.count("(above)") == 4 and "last 12.5 against 12.0" in said and "recall at 5 25.0 against 24.0" in said
+    assert claims.verdict(low, high, 1).count("(not above)") == 4
 
 
 def test_report(tmp_path, monkeypatch, capsys):
@@ -91,7 +91,8 @@ def test_report(tmp_path, monkeypatch, capsys):
     claims.main(["--seeds", "2", "--out", str(tmp_path)])
     text = (tmp_path / "claims.md").read_text()
     assert f"0 of {2 * len(claims.TOY)} runs" in capsys.readouterr().out and text.count("### ") == len(claims.CLAIMS)
-    assert "| 1,024 | 22.5 ± 0.7 | 22.5 ± 0.7 | 30.5 ± 0.7 | 30.5 ± 0.7 | 16.0 | 16.0 | 16.0; 16.0 |" in text
+    assert ("| 1,024 | 22.5 ± 0.7 | 22.5 ± 0.7 | 45.0 ± 1.4 | 30.5 ± 0.7 | 30.5 ± 0.7 | 61.0 ± 1.4 | "
+            "16.0 | 16.0 | 16.0 | 16.0; 16.0 |") in text
     assert "declip-1024: its worst seed against the best of clip-1024: last 30.0 against 23.0 (above)" in text
     assert len(ElementTree.parse(tmp_path / "claims.svg").getroot()) == len(claims.CLAIMS)
 
