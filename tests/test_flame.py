@@ -197,8 +197,8 @@ def test_who_learns_and_who_decays():
     frozen = {name for name, _ in model.named_parameters()} - {*groups}
     assert frozen == {"visual.ln_post.weight", "visual.ln_post.bias", "visual.proj"}
     assert groups["visual.positional_embedding"] and groups["projector.0.weight"] and groups["visual.conv1.weight"]
-    assert not any(groups[name] for name in ("visual.class_embedding", "logit_scale", "logit_bias", "projector.3.weight",
-                                             "projector.0.bias", "visual.ln_pre.weight"))
+    vectors = ("visual.class_embedding", "logit_scale", "logit_bias", "projector.3.weight", "projector.0.bias")
+    assert not any(groups[name] for name in vectors)
     gradients = step(*example(True))[1]
     assert gradients.keys() == groups.keys() and all(g.abs().max() > 0 for g in gradients.values())
 
@@ -217,7 +217,8 @@ def test_parameters_of_the_released_model():
 # prompts, facets
 
 def test_prompts():
-    assert flame.tidy('a  "red"\ncar ') == "a 'red' car." and flame.tidy("why?") == "why." and flame.tidy("ok.") == "ok."
+    assert flame.tidy('a  "red"\ncar ') == "a 'red' car."
+    assert flame.tidy("why?") == "why." and flame.tidy("ok.") == "ok." and flame.tidy("it's") == "it's."
     raw, short, long = (flame.PROMPTS[kind] for kind in ("raw", "short", "long"))
     assert raw[0].format(flame.tidy("a car")) + flame.FACET.format(flame.FACETS[0]) == (
         'Image description : "a car." . After thinking step by step , this image description means in just one word:"')
@@ -272,6 +273,7 @@ CPU = torch.device("cpu")
 TEXTS = ["red car", "dog", "one two three one two three one two three blue", "blue dog"]
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("kind", ("Llama", "Mistral", "Qwen2"))
 def test_vectors_are_hidden_states_of_the_last_block_but_one(lms, kind):
     """The raw prompt against the whole model's hidden states; a batch against texts one by one, with and without
@@ -300,6 +302,7 @@ def test_vectors_are_hidden_states_of_the_last_block_but_one(lms, kind):
     assert (lm("long", TEXTS) - restarted("long", TEXTS))[:, 1:].abs().max() > 1e-3
 
 
+@pytest.mark.transformers
 def test_facets_do_not_see_each_other(lms):
     lm = flame.LanguageModel(lms / "Llama", CPU)
     before = lm("long", TEXTS)
@@ -308,6 +311,7 @@ def test_facets_do_not_see_each_other(lms):
     assert changed.tolist() == [False, False, True, False, False, False, False]
 
 
+@pytest.mark.transformers
 def test_the_first_of_several_facets_begins_with_a_start_token(lms):
     lm = flame.LanguageModel(lms / "Llama", CPU)
     bos, raw = lm.tokenizer.bos_token_id, lm.facets["raw"][0]
@@ -315,6 +319,7 @@ def test_the_first_of_several_facets_begins_with_a_start_token(lms):
     assert lm.facets["long"][1][0] != bos and lm.length("raw", "dog") == len(lm.prefix("raw", "dog")) + len(raw)
 
 
+@pytest.mark.transformers
 def test_a_language_model_fills_a_store(lms, tmp_path, capsys):
     """11 rows from three captions; another model, or positions that restart, are refused; texts can be added."""
     table = pictures(tmp_path, [["red car", "car", "one two red car"], ["dog", "dog", "blue dog three"]])
@@ -343,6 +348,7 @@ def test_a_language_model_fills_a_store(lms, tmp_path, capsys):
             flame.main(add + flags)
 
 
+@pytest.mark.transformers
 def test_wrong_language_models_are_one_sentence(lms, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="is a gpt2; embed reads .* llama, mistral, qwen2"):
         flame.LanguageModel(lms / "GPT2", CPU)
@@ -452,19 +458,14 @@ def test_a_text_that_is_prompt_and_caption_counts_as_prompt(tmp_path):
 
 
 def test_captions_of_training_are_not_embedded_twice(tmp_path, monkeypatch):
-    table = pictures(tmp_path, [["red car"], ["dog"]])
-    lm = Counted()
-    monkeypatch.setattr(flame, "WordVectors", lambda: lm)
-    lm.__class__.name = "words"
-    flags = ["embed", "--data", table, "--out", str(tmp_path / "out"), "--tests", table]
-    with pytest.raises(SystemExit, match="--lm: name the language model"):
-        flame.main(flags)
-    monkeypatch.setattr(flame.WordVectors, "name", "words", raising=False) if hasattr(flame.WordVectors, "name") else 0
-    monkeypatch.undo()
-    flame.main(flags + ["--lm", "words"])
+    table, made = pictures(tmp_path, [["red car"], ["dog"]]), []
+    monkeypatch.setattr(flame, "WordVectors", lambda: made.append(Counted()) or made[0])
+    flame.WordVectors.name = "words"
+    flame.main(["embed", "--lm", "words", "--data", table, "--out", str(tmp_path / "out"), "--tests", table])
     store = flame.TextStore(tmp_path / "out")
-    expected = flame.WordVectors()("long", ["red car"]).mean(1)[0].numpy()
+    expected = made[0]("long", ["red car"]).mean(1)[0].numpy()
     assert np.abs(store.vectors[store.names.index("red car")] - expected).max() < 1e-3
+    assert made[0].texts == 2 * 2 + 1  # raw and long of two captions; the last is this test's own
 
 
 def test_sampled_rows(stored):
@@ -531,8 +532,8 @@ def test_a_store_of_other_data_or_damaged_is_one_sentence(stored, tmp_path):
         np.save(folder / "embeddings.npy", rows)
 
     assert "is damaged" in spoil("cut", cut) and "norm 2.0" in spoil("scale", scale)
-    assert "shape (32, 8, 64)" in spoil("half", lambda f: np.save(f / "embeddings.npy", np.load(stored /
-                                        "embeddings.npy")[:32]))
+    half = np.load(stored / "embeddings.npy")[:32]
+    assert "shape (32, 8, 64)" in spoil("half", lambda f: np.save(f / "embeddings.npy", half))
     assert "texts.npz is damaged" in spoil("texts", lambda f: (f / "texts.npz").write_bytes(b"x"))
     assert "holds no embeddings.json" in spoil("none", lambda f: (f / "embeddings.json").unlink())
 
