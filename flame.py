@@ -176,7 +176,8 @@ class WordVectors:
     name, dim, context = "words", 64, math.inf
 
     def __init__(self):
-        self.about = {"lm": self.name, "weights": None, "layer": None, "restart_positions": None, "dim": self.dim}
+        weights = hashlib.sha256(self.word("a").tobytes()).hexdigest()[:16]  # another if this code changes
+        self.about = {"lm": self.name, "weights": weights, "layer": None, "restart_positions": None, "dim": self.dim}
 
     @staticmethod
     @lru_cache(2 ** 16)
@@ -750,11 +751,12 @@ RECIPES = {  # batch_size is that of all ranks together, warmup counts steps
 def stand_in(args, dataset, rank):
     """Makes a store of the toy's captions and tests in --out, with vectors of words in place of a language model's, and
     returns its folder."""
-    folder = Path(args.out, f"words-{data.fingerprint(dataset)[:8]}")
+    lm = WordVectors()
+    about = about_rows(lm, dataset, False)
+    folder = Path(args.out, "words-" + hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8])
     if rank == 0:
         print("no --texts: vectors of words stand in for a language model (WordVectors in flame.py)")
-        lm, captions = WordVectors(), captions_to_embed(dataset, False)
-        embed_captions(lm, captions, about_rows(lm, dataset, False), folder)
+        embed_captions(lm, captions_to_embed(dataset, False), about, folder)
         texts = [evaluator.texts_of(test, evaluator.open_test(test)) for test in data.TOY_TESTS]
         embed_texts(lm, *([text for of_test in column for text in of_test] for column in zip(*texts)), folder)
     if dist.is_initialized():

@@ -511,7 +511,7 @@ def test_a_store_of_other_data_or_damaged_is_one_sentence(stored, tmp_path):
     for dataset in (data.open_dataset("toy", None, 65), data.open_dataset("toy-busy", None, 64)):
         with pytest.raises(SystemExit, match="vectors of other data .64 pairs., not of these"):
             store.rows_of(dataset, "toy", None)
-    with pytest.raises(SystemExit, match=r"no vector of the text 'a zebra' .1 of 2 are missing.: python flame.py embed"):
+    with pytest.raises(SystemExit, match="no vector of the text 'a zebra' .1 of 2 are missing.: python flame.py embed"):
         store(["red circle", "a zebra"])
 
     def spoil(name, change):
