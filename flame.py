@@ -86,7 +86,7 @@ def gather_constant(x):
     if not (dist.is_available() and dist.is_initialized()):
         return x, lambda: None
     rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-    work = dist.all_gather_into_tensor(rows, x.contiguous(), async_op=True)
+    work = dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous(), async_op=True)  # fills rows
     return rows, work.wait
 
 
