@@ -317,10 +317,10 @@ def captions_to_embed(dataset, rewritten):
 
 
 def check_length(lm, kind, text):
-    """SystemExit if a text is too long for the language model. No token is shorter than a byte, so only texts of about
-    as many bytes as the model reads tokens need to be counted."""
-    longest = 400  # bytes, more than a prompt has without the text
-    if len(text.encode()) + longest > lm.context and (length := lm.length(kind, text)) > lm.context:
+    """SystemExit if a text is too long for the language model. A token is a byte or more, so the tokens need to be
+    counted only if the model reads fewer tokens than the prompt has bytes."""
+    prompt = 1000  # bytes, more than any prompt has without the text
+    if len(text.encode()) + prompt > lm.context and (length := lm.length(kind, text)) > lm.context:
         raise SystemExit(f"the text {text[:40]!r}... has {length} tokens in its prompt, and {lm.name} reads "
                          f"{lm.context}: leave it out, or shorten it (a caption: by --subset)")
 

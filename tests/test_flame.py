@@ -621,6 +621,25 @@ def test_eval_tests_a_checkpoint(finished, tmp_path, capsys):
         evaluator.load(tmp_path / "moved.pt")
 
 
+def test_texts_of_a_test_are_those_that_eval_encodes():
+    """Our own templates get the phrase of torchvision's sets, a user's own do not."""
+    class Food:
+        classnames = ["pie|tart"]
+
+        def __len__(self):
+            return 1
+
+        def captions(self, i):
+            return ["a pie\ntwo pies"]
+
+    prompts, captions = evaluator.texts_of("food101", Food())
+    assert prompts[0] == "pie, a kind of food" and len(prompts) == 16 and captions == ["a pie", "two pies"]
+    assert evaluator.texts_of("food101", Food(), ["a {}"])[0] == ["a pie", "a tart"]
+    assert evaluator.texts_of("x", Food(), ["a {}"], ["cake"])[0] == ["a cake"]
+    assert all(len(prompt.encode()) + 7 * len(flame.FACET) + sum(map(len, flame.FACETS)) < 1000
+               for prompt, _ in flame.PROMPTS.values())  # what check_length takes for granted
+
+
 def test_eval_knows_no_script():
     """The seam has no name of a script in it."""
     source = (flame.Path(evaluator.__file__)).read_text()
