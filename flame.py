@@ -86,7 +86,7 @@ def gather_constant(x):
     if not (dist.is_available() and dist.is_initialized()):
         return x, lambda: None
     rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-    work = dist.all_gather_into_tensor(rows, x.contiguous(), async_op=True)
+    work = dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous(), async_op=True)  # fills rows
     return rows, work.wait
 
 
@@ -171,12 +171,13 @@ class WordVectors:
     """A stand-in for a language model, for the toy and for tests: a text is the sum of random vectors of its words.
 
     lm(kind, texts) -> unit rows fp32 [n, facets, D]. A word's vector has Gaussian entries, seeded by the word. Facet i
-    weighs each word by 1 + g / 2, where g is Gaussian and depends on the word and on i. Ours.
+    weighs each word by a number from .5 to 1.5, which depends on the word and on i. Ours.
     """
     name, dim, context = "words", 64, math.inf
 
     def __init__(self):
-        self.about = {"lm": self.name, "weights": None, "layer": None, "restart_positions": None, "dim": self.dim}
+        weights = hashlib.sha256(self.word("a").tobytes()).hexdigest()[:16]  # another if this code changes
+        self.about = {"lm": self.name, "weights": weights, "layer": None, "restart_positions": None, "dim": self.dim}
 
     @staticmethod
     @lru_cache(2 ** 16)
@@ -184,7 +185,7 @@ class WordVectors:
         """A word's vectors for all facets [facets, D]."""
         rng = np.random.default_rng(int.from_bytes(hashlib.md5(word.encode()).digest()[:8], "little"))
         vector = rng.standard_normal(WordVectors.dim)
-        return (1 + rng.standard_normal((len(FACETS), 1)) / 2) * vector
+        return rng.uniform(.5, 1.5, (len(FACETS), 1)) * vector
 
     def __call__(self, kind, texts):
         count = PROMPTS[kind][1]
@@ -201,12 +202,12 @@ class LanguageModel:
     facets, D]. about: what embeddings.json says of it. SystemExit if it cannot be used.
 
     name: what transformers' from_pretrained takes. restart: every facet has the positions that follow the prefix. Then
-    the result is that of separate prompts. As released, positions run on through all facets. batch_tokens: about how
-    many tokens a forward pass has.
+    the result is that of separate prompts. As released, positions run on through all facets. amp: "bf16", "fp16" or
+    "off", the precision of weights and states. batch_tokens: about how many tokens a forward pass has.
     """
     KINDS = ("llama", "mistral", "qwen2")  # as transformers calls them; SmolLM2 is a llama
 
-    def __init__(self, name, device, restart=False, batch_tokens=16384):
+    def __init__(self, name, device, restart=False, amp="off", batch_tokens=16384):
         try:
             import transformers
         except ImportError:
@@ -229,7 +230,7 @@ class LanguageModel:
                       "layer": len(model.layers) - 2, "restart_positions": restart, "dim": table.shape[1]}
         self.name, self.dim, self.context = str(name), table.shape[1], config.max_position_embeddings
         model.layers, model.norm = model.layers[:-1], nn.Identity()
-        self.dtype = torch.float16 if device.type == "cuda" else torch.float32
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
         self.model = model.to(device, self.dtype).eval()
         self.device, self.restart, self.batch_tokens = device, restart, batch_tokens
         # Ids of a facet as they follow a comma. Some tokenizers put a space of their own before a text that they begin.
@@ -276,7 +277,7 @@ class LanguageModel:
             found = hidden[torch.arange(len(batch), device=self.device)[:, None], places.to(self.device)]
             rows[torch.tensor(batch)] = F.normalize(found.float(), dim=-1).cpu()
         if not rows.isfinite().all():
-            raise SystemExit(f"--lm {self.name} gives vectors that are not finite")
+            raise SystemExit(f"--lm {self.name} gives vectors that are not finite; fp16 may overflow: try --amp bf16")
         return rows
 
 
@@ -316,10 +317,10 @@ def captions_to_embed(dataset, rewritten):
 
 
 def check_length(lm, kind, text):
-    """SystemExit if a text is too long for the language model. No token is shorter than a byte, so only texts of about
-    as many bytes as the model reads tokens need to be counted."""
-    longest = 400  # bytes, more than a prompt has without the text
-    if len(text.encode()) + longest > lm.context and (length := lm.length(kind, text)) > lm.context:
+    """SystemExit if a text is too long for the language model. A token is a byte or more, so the tokens need to be
+    counted only if the model reads fewer tokens than the prompt has bytes."""
+    prompt = 1000  # bytes, more than any prompt has without the text
+    if len(text.encode()) + prompt > lm.context and (length := lm.length(kind, text)) > lm.context:
         raise SystemExit(f"the text {text[:40]!r}... has {length} tokens in its prompt, and {lm.name} reads "
                          f"{lm.context}: leave it out, or shorten it (a caption: by --subset)")
 
@@ -750,11 +751,12 @@ RECIPES = {  # batch_size is that of all ranks together, warmup counts steps
 def stand_in(args, dataset, rank):
     """Makes a store of the toy's captions and tests in --out, with vectors of words in place of a language model's, and
     returns its folder."""
-    folder = Path(args.out, f"words-{data.fingerprint(dataset)[:8]}")
+    lm = WordVectors()
+    about = about_rows(lm, dataset, False)
+    folder = Path(args.out, "words-" + hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8])
     if rank == 0:
         print("no --texts: vectors of words stand in for a language model (WordVectors in flame.py)")
-        lm, captions = WordVectors(), captions_to_embed(dataset, False)
-        embed_captions(lm, captions, about_rows(lm, dataset, False), folder)
+        embed_captions(lm, captions_to_embed(dataset, False), about, folder)
         texts = [evaluator.texts_of(test, evaluator.open_test(test)) for test in data.TOY_TESTS]
         embed_texts(lm, *([text for of_test in column for text in of_test] for column in zip(*texts)), folder)
     if dist.is_initialized():
@@ -949,7 +951,8 @@ def embed(argv):
         more = evaluator.texts_of(test, evaluator.open_test(test, root=args.data_root), templates, classnames)
         prompts, captions = prompts + more[0], captions + more[1]
     lm = WordVectors() if args.lm == WordVectors.name else LanguageModel(
-        args.lm, device, args.restart_positions, args.batch_tokens)
+        args.lm, device, args.restart_positions, args.amp or ("fp16" if device.type == "cuda" else "off"),
+        args.batch_tokens)
     whole, known = True, {}
     if dataset:
         own = captions_to_embed(dataset, args.rewritten)
@@ -1051,6 +1054,8 @@ def parse_embed_args(argv):
     add("--lines", metavar="FILE", help="more texts to add, a line each")
     add("--restart-positions", action="store_true", help="each facet takes the positions that follow the caption, as "
         "if it were a prompt of its own (released: positions run on)")
+    add("--amp", choices=("bf16", "fp16", "off"), help="precision of the language model (default: fp16 on a GPU, as "
+        "released, off on a CPU)")
     add("--batch-tokens", type=positive, default=16384, help="tokens of a forward pass, about (default: %(default)s)")
     return parser.parse_args(argv)
 

@@ -11,6 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "transformers: needs this package, which is optional; .ci/run has it")
     config.addinivalue_line("markers", "slow: trains, or starts processes; -m \"not slow\" leaves it out")
 
 
