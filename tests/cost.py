@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -106,9 +107,10 @@ def run(script, flags, out, loader=None, *patches):
     return [json.loads(line) for line in open(Path(out) / "log.jsonl")]
 
 
-def make_inputs(folder, pairs, teacher=True):
+def make_inputs(folder, pairs, teacher=True, texts=True):
     """Writes into a folder: merges for a vocabulary of CLIP's size, in which each word of three letters is one token;
-    eight pictures; a table of that many pairs on them; a teacher of random weights."""
+    eight pictures; a table of that many pairs on them; a teacher of random weights; for each pair 11 random unit rows
+    of width 5120 as texts."""
     letters, rng = string.ascii_lowercase, random.Random(0)
     merges = [f"{a} {b}" for a, b in itertools.product(letters, letters)]
     words = ["".join(word) for word in itertools.product(letters, repeat=3)]
@@ -123,6 +125,13 @@ def make_inputs(folder, pairs, teacher=True):
     if teacher:
         import clip
         torch.save(clip.build("ViT-B-16").state_dict(), folder / "teacher.pt")
+    if texts:
+        (folder / "texts").mkdir()
+        rows = np.lib.format.open_memmap(folder / "texts/embeddings.npy", "w+", np.float16, (pairs, 11, 5120))
+        rows[:] = F.normalize(torch.randn(11, 5120), dim=1).half().numpy()
+        about = {"lm": "random rows", "prompts": ["{}"] * 11, "dim": 5120, "count": pairs,
+                 "data": data.fingerprint(data.open_dataset(str(folder / "pairs.jsonl"), None))}
+        (folder / "texts/embeddings.json").write_text(json.dumps(about))
 
 
 def train(command, folder, args, batch_size, loader, *patches, more=""):
@@ -278,7 +287,8 @@ def main(argv=None):
     args = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         rows = args.rows or ROWS
-        make_inputs(Path(folder), (args.batch_size or 512) * args.steps, any("tinyclip" in name for name in rows))
+        make_inputs(Path(folder), (args.batch_size or 512) * args.steps, any("tinyclip" in name for name in rows),
+                    "flame" in rows)
         for name in rows:
             against_open_clip(args) if name == "open_clip" else compare(name, Path(folder), args)
 

@@ -293,7 +293,7 @@ def speed(names, say, folder, argv=()):
     """Speed, memory and MFU of the scripts named, eager and compiled; K-means; a profile of each script's first row."""
     cuda = torch.cuda.is_available()
     args = cost.parse_args(["--compile", *argv] if cuda else list(argv))
-    cost.make_inputs(folder, (args.batch_size or 512) * args.steps, "tinyclip" in names)
+    cost.make_inputs(folder, (args.batch_size or 512) * args.steps, "tinyclip" in names, "flame" in names)
     for name in names:
         for row in CHECKS[name][1]:
             cost.compare(row, folder, args, say)
