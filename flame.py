@@ -1,34 +1,35 @@
 """FLAME: a frozen language model writes the text vectors once, and only an image tower is trained to meet them.
 
 The idea. A language model already knows what words mean, so no text tower is trained. A prompt asks the model to put a
-caption "in just one word", and the hidden state at the prompt's end is a vector of the caption. Seven questions, the
-facets, give vectors of the main object, the minor object, the event and the mood. All are computed once, before the
-training (`flame.py embed`). They share one pass over the caption, because no facet sees another one. Long captions and
-other languages work as well, since the language model reads them.
+caption "in just one word". The hidden state at the end of the prompt is a vector of the caption. Seven such questions,
+the facets, ask for the caption, for kind and pattern of the main and of the minor object, for the event and the mood.
+One forward pass gives all facets; an attention mask keeps them from seeing each other. This is done once, before the
+training (`flame.py embed`). Long captions and other languages work too, since the language model reads them.
 
-The training. M unit rows are stored for each picture, and K random ones of them are used at a step. The image tower is
-a ViT. An MLP maps each of its patches to the width D of the language model, a layer norm follows, and v_i is the mean
-over the patches, made a unit vector. t_nj is the j-th row of picture n, with s = exp(logit_scale) and the bias b:
+The rows. The authors have three captions of a picture: its own with facet 1, a short rewritten one with facets 1 to 3,
+and a long rewritten one with all seven: M = 11 unit rows of width D. Without rewritten captions M is 8, facet 1 and, in
+the prompt for long captions, all seven. A step draws K = 6 of the M rows, anew for each picture.
+
+The training. The image tower is a ViT. An MLP that ends in a layer norm maps each patch to width D. v_i is the mean of
+picture i's patches, made a unit vector. t_nj is the j-th drawn row of picture n; all ranks have N pictures. The factor
+s = exp(logit_scale) and the bias b are learned.
 
     z_inj = s <v_i, t_nj> + b,    y_in = 1 if i = n, else -1
-    L     = 1 / (K N)  sum_inj log(1 + exp(-y_in z_inj))                  --loss sigmoid, as in the released code
-    L     = CLIP's loss without b, for each slot j of its own, averaged   --loss nce, the formula of the paper
+    L     = 1 / (K N)  sum_inj log(1 + exp(-y_in z_inj))         --loss sigmoid, as in the released code
+    L     = mean over j of CLIP's loss on the pairs v_i, t_ij    --loss nce, the formula of the paper, without b
 
-Both losses have all K rows of a picture as positives. Texts are constants, so no gradient flows to them. Ranks gather
-them while the image tower works.
+What it brought, with rewritten captions and a language model of 12 B parameters (authors): on ImageNet after CC3M 4.9
+points more than the best earlier result; on long captions (Urban-1k) after YFCC15M 87.9 % recall at 1 (OpenAI's CLIP:
+53.3). A step takes 1.14 times CLIP's FLOPs (ViT-B-16), because the MLP costs more than the text tower did. CC3M's
+vectors take 327 GB.
 
-What it brought, with captions that a vision-language model had rewritten and a language model of 12 B parameters
-(abstract and figures of the authors): 4.9 points above the best earlier result on ImageNet after CC3M; after YFCC15M
-87.9 % recall at 1 of long captions (Urban-1k), where CLIP trained on 400 M pairs has 53.3. The cost: a step computes
-1.14 times CLIP's FLOPs (ViT-B-16), and CC3M's vectors take 327 GB.
-
-How to run. The first line needs no files: vectors of words stand in for a language model on the toy.
+How to run. The first command needs no files: on the toy, random vectors of words replace the language model.
     python flame.py
     python flame.py embed --lm FOLDER --data cc3m --tests imagenet/val --out texts     # needs transformers
     torchrun --nproc_per_node=8 flame.py --data cc3m --texts texts --eval imagenet/val
 
-Sources: Cao et al. 2024 (arXiv 2411.11927), github.com/MIV-XJTU/FLAME. Ours: --centre, the rule for the width of the
-MLP, the vectors of words, and rows for captions that were not rewritten.
+Sources: Cao et al. 2024 (arXiv 2411.11927), github.com/MIV-XJTU/FLAME. Ours: --centre, the width of the MLP, vectors of
+words, rows of captions that were not rewritten.
 """
 import argparse
 import hashlib
@@ -81,8 +82,8 @@ def gather(x):
 
 
 def gather_constant(x):
-    """Starts to gather rows that need no gradient, and does not wait for them: x [B, ...] -> rows [N, ...], rank 0's
-    first, and a function to call before the rows are read. Without a process group the rows are x."""
+    """Starts an all_gather of rows that need no gradient: x [B, ...] -> (rows [N, ...], wait). Call wait() before the
+    rows are read. Rank 0's rows come first. Without a process group the rows are x."""
     if not (dist.is_available() and dist.is_initialized()):
         return x, lambda: None
     rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
@@ -106,23 +107,23 @@ def sigmoid_loss(image_features, text, logit_scale, bias, all_text=None):
         rank = dist.get_rank() if N > len(x) else 0
         labels = torch.arange(len(x), device=x.device) + rank * len(x)
         logits = (logit_scale * x @ all_text.flatten(0, 1).T + bias).unflatten(1, (N, K))  # [B, N, K]
-        sign = 1 - 2. * (labels[:, None] == torch.arange(N, device=x.device))  # [B, N]: -1 where the rows are right
-        return F.softplus(sign[..., None] * logits).sum() / (K * len(x))
+        minus_y = 1 - 2. * (labels[:, None] == torch.arange(N, device=x.device))  # [B, N]: -1 for the image's own rows
+        return F.softplus(minus_y[..., None] * logits).sum() / (K * len(x))
 
 
 def nce_loss(image_features, text, logit_scale, all_text=None):
-    """The paper's InfoNCE with several positives over the pairs of all ranks: the mean of CLIP's losses of K slots.
+    """The paper's InfoNCE with several positives over the pairs of all ranks: the mean of CLIP's loss over K slots.
 
     image_features [B, D]: unit rows. text [B, K, D]: K unit rows for each image, constants. all_text [N, K, D]: text of
-    all ranks, if the caller has it already. Slot j of an image meets slot j of the other images only. Returns a scalar
-    in at least fp32. The mean over the ranks is the loss of the whole batch. K = 1 is CLIP's loss. If all logits are
-    equal, the loss is ln N.
+    all ranks, if the caller has it already. Slot j is text[:, j]. A softmax runs over the N rows, or N images, of one
+    slot. Returns a scalar in at least fp32. The mean over the ranks is the loss of the whole batch. K = 1 is CLIP's
+    loss. If all logits are equal, the loss is ln N.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x = image_features.to(torch.promote_types(image_features.dtype, torch.float32))
         all_text = (gather(text.detach()) if all_text is None else all_text).to(x.dtype)
-        # The released code gathers images without gradient and lets each rank compute the loss of the whole batch. So
-        # the tower gets 1/W of the gradient, and the scale all of it.
+        # Images are gathered with gradient, so that the gradients are those of one process. In the released code they
+        # have none, and each of W ranks computes the loss of the whole batch: its tower gets 1/W of the gradient.
         all_x = gather(x)  # [N, D]
         rank = dist.get_rank() if len(all_x) > len(x) else 0
         labels = (torch.arange(len(x), device=x.device) + rank * len(x))[:, None].expand(-1, text.shape[1])  # [B, K]
@@ -133,7 +134,7 @@ def nce_loss(image_features, text, logit_scale, all_text=None):
 
 # prompts and facets
 
-FACETS = (  # the paper calls 2 to 5 the level of entities, 6 of interaction, 7 of the scene
+FACETS = (  # counted from 1; in the paper 2 to 5 are the level of entities, 6 is interaction, 7 is the scene
     "this image description",
     "the category of the main object in this image",
     "the prominent characteristic or pattern of the main object in this image",
@@ -142,14 +143,15 @@ FACETS = (  # the paper calls 2 to 5 the level of entities, 6 of interaction, 7 
     "the primary action or event taking place in this image",
     "the overall atmosphere or emotion of this image")
 FACET = ' {} means in just one word:"'  # the vector is the hidden state at the last token
-PROMPTS = {  # of each kind of prompt: what stands before the facets, and how many of the facets follow
+PROMPTS = {  # {kind of prompt: (prefix, number of facets that follow it)}
     "raw": ('Image description : "{}" . After thinking step by step ,', 1),
     "short": ('Image description : "{}" . After thinking step by step ,', 3),
     "long": ('Detailed Image description : "{}" . After thinking step by step ,', 7)}
 
 
 def tidy(text):
-    """A text as it goes into a prompt: it ends in a full stop and has no double quotes (released code, model.py)."""
+    """A text as it goes into a prompt (released code, model.py). A full stop is added if none of . ? ' " ends the text,
+    double quotes become single ones, and a question mark at the end becomes a full stop."""
     text = " ".join(text.split())
     text = (text if text[-1:] in '.?"\'' else text + ".").replace('"', "'")
     return text[:-1] + "." if text.endswith("?") else text
@@ -158,9 +160,10 @@ def tidy(text):
 def facet_mask(prefix, facets):
     """Facet-decoupled attention: bool [T, T], true where a query (row) may look at a key (column).
 
-    prefix: number of tokens before the facets. facets: list of their lengths. T is the sum of all. No token looks
-    ahead. A token of a facet looks at the prefix and at its own facet, but not at other facets. So one pass over a
-    caption serves all facets (released code, multiprompteol_embeddings.py).
+    prefix: number of tokens before the facets. facets: list of the facets' lengths. T = prefix + sum(facets). No token
+    looks ahead. A token of a facet looks at the prefix and at its own facet, but not at other facets. So one pass over
+    a caption serves all facets (released code, multiprompteol_embeddings.py). It equals separate prompts only if the
+    positions of each facet begin anew after the prefix.
     """
     group = torch.repeat_interleave(torch.tensor([prefix, *facets]))  # [T]: 0 in the prefix, i in facet i
     place = torch.arange(len(group))
@@ -168,21 +171,21 @@ def facet_mask(prefix, facets):
 
 
 class WordVectors:
-    """A stand-in for a language model, for the toy and for tests: a text is the sum of random vectors of its words.
+    """A stand-in for a language model, for the toy and for tests: a weighted sum of fixed vectors of a text's words.
 
-    lm(kind, texts) -> unit rows fp32 [n, facets, D]. A word's vector has Gaussian entries, seeded by the word. Facet i
-    weighs each word by a number from .5 to 1.5, which depends on the word and on i. Ours.
+    lm(kind, texts) -> unit rows fp32 [n, facets, D]. A word seeds the Gaussian entries of its vector, and for each
+    facet a weight from .5 to 1.5. The kind of the prompt says only how many facets there are. This is not in the paper.
     """
     name, dim, context = "words", 64, math.inf
 
     def __init__(self):
-        weights = hashlib.sha256(self.word("a").tobytes()).hexdigest()[:16]  # another if this code changes
+        weights = hashlib.sha256(self.word("a").tobytes()).hexdigest()[:16]  # names this version of the vectors
         self.about = {"lm": self.name, "weights": weights, "layer": None, "restart_positions": None, "dim": self.dim}
 
     @staticmethod
     @lru_cache(2 ** 16)
     def word(word):
-        """A word's vectors for all facets [facets, D]."""
+        """A word's vectors for all seven facets, float64 [7, D]."""
         rng = np.random.default_rng(int.from_bytes(hashlib.md5(word.encode()).digest()[:8], "little"))
         vector = rng.standard_normal(WordVectors.dim)
         return rng.uniform(.5, 1.5, (len(FACETS), 1)) * vector
@@ -193,17 +196,17 @@ class WordVectors:
         return F.normalize(torch.from_numpy(np.stack(rows)).float(), dim=-1)
 
     def length(self, kind, text):
-        """Number of tokens of a text in its prompt."""
+        """Number of tokens of the whole prompt with this text in it."""
         return len(text.split())
 
 
 class LanguageModel:
     """A frozen causal language model, from a folder or the Hugging Face hub: lm(kind, texts) -> unit rows, fp32 [n,
-    facets, D]. about: what embeddings.json says of it. SystemExit if it cannot be used.
+    facets, D]. about: the entries of embeddings.json that tell models apart. SystemExit if it cannot be used.
 
-    name: what transformers' from_pretrained takes. restart: every facet has the positions that follow the prefix. Then
-    the result is that of separate prompts. As released, positions run on through all facets. amp: "bf16", "fp16" or
-    "off", the precision of weights and states. batch_tokens: about how many tokens a forward pass has.
+    name: what transformers' from_pretrained takes. restart: if true, the positions of each facet begin right after the
+    prefix, as in separate prompts; if false, as released, positions run on through all facets. amp: "bf16", "fp16" or
+    "off" (fp32), the type of the whole model, without autocast. batch_tokens: about how many tokens a pass has.
     """
     KINDS = ("llama", "mistral", "qwen2")  # as transformers calls them; SmolLM2 is a llama
 
@@ -225,7 +228,7 @@ class LanguageModel:
             raise SystemExit(f"--lm {name} cannot be loaded: {reason}") from None
         table = model.get_input_embeddings().weight.detach()
         some = table[::max(1, len(table) // 64)].float().numpy()  # enough to tell one model from another
-        # The vector is the output of the last block but one, without the final norm. So the last block is left out.
+        # The vector is the output of the second-to-last block, without the final norm. The last block is removed.
         self.about = {"lm": str(name), "weights": hashlib.sha256(some.tobytes()).hexdigest()[:16],
                       "layer": len(model.layers) - 2, "restart_positions": restart, "dim": table.shape[1]}
         self.name, self.dim, self.context = str(name), table.shape[1], config.max_position_embeddings
@@ -233,11 +236,11 @@ class LanguageModel:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
         self.model = model.to(device, self.dtype).eval()
         self.device, self.restart, self.batch_tokens = device, restart, batch_tokens
-        # Ids of a facet as they follow a comma. Some tokenizers put a space of their own before a text that they begin.
+        # Some tokenizers put a space before every text. So a facet is cut into tokens behind a comma, whose ids go.
         comma = self.tokenizer(",").input_ids
         facets = [self.tokenizer("," + FACET.format(facet)).input_ids[len(comma):] for facet in FACETS]
         bos = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        # in the prompts with several facets the first one begins with a start token, as released
+        # as released: in a prompt with several facets, facet 1 begins with the start token
         self.facets = {kind: [(bos if i == 0 and count > 1 else []) + facets[i] for i in range(count)]
                        for kind, (_, count) in PROMPTS.items()}
 
@@ -246,22 +249,23 @@ class LanguageModel:
         return self.tokenizer(PROMPTS[kind][0].format(tidy(text))).input_ids
 
     def length(self, kind, text):
-        """Number of tokens of a text in its prompt."""
+        """Number of tokens of the whole prompt with this text in it."""
         return len(self.prefix(kind, text)) + sum(map(len, self.facets[kind]))
 
     @torch.inference_mode()
     def __call__(self, kind, texts):
         facets, prefixes = self.facets[kind], [self.prefix(kind, text) for text in texts]
         lengths = [len(facet) for facet in facets]
-        ends = torch.tensor(lengths).cumsum(0) - 1  # of the facets' last tokens, from the end of the prefix
+        ends = torch.tensor(lengths).cumsum(0) - 1  # places of the facets' last tokens, counted from the prefix's end
         rows = torch.empty(len(texts), len(facets), self.dim)
         order = sorted(range(len(texts)), key=lambda i: -len(prefixes[i]))  # so that a batch has few pads
         while order:
             T = len(prefixes[order[0]]) + sum(lengths)
             batch, order = order[:max(1, self.batch_tokens // T)], order[max(1, self.batch_tokens // T):]
             ids, positions = torch.zeros(len(batch), T, dtype=torch.int64), torch.arange(T).repeat(len(batch), 1)
-            # Pads stand at the end and see only themselves; nothing sees them. In the released code tokens see pads
-            # while pads see all tokens. So a vector depends on the batch, and facets see each other through pads.
+            # Pads stand at the end. A pad sees only itself, and no other token sees a pad. In the released code pads
+            # see all tokens and tokens see pads: there a vector depends on the other texts of its batch, and facets
+            # see each other through the pads.
             seen = torch.eye(T, dtype=torch.bool).repeat(len(batch), 1, 1)
             for row, i in enumerate(batch):
                 p, t = len(prefixes[i]), len(prefixes[i]) + sum(lengths)
@@ -286,7 +290,8 @@ class LanguageModel:
 
 def about_rows(lm, dataset, rewritten):
     """What embeddings.json says: the language model, the prompts of the M rows, the number of samples, the fingerprint
-    of the data. caption_rows: the rows whose mean stands for a test's caption."""
+    of the data. prompts: M strings. caption_rows: numbers of the seven rows of the long prompt, whose mean stands for
+    the caption of a test."""
     kinds = ("raw", "short", "long") if rewritten else ("raw", "long")
     prompts = [PROMPTS[kind][0] + FACET.format(facet) for kind in kinds for facet in FACETS[:PROMPTS[kind][1]]]
     return lm.about | {"prompts": prompts, "caption_rows": [*range(len(prompts) - PROMPTS["long"][1], len(prompts))],
@@ -294,14 +299,14 @@ def about_rows(lm, dataset, rewritten):
 
 
 def other(about, before):
-    """Names of the entries in which two dicts of embeddings.json differ. The path of a language model does not count,
-    because its weights do."""
+    """Names of the entries in which two dicts of embeddings.json differ. "lm", a path, does not count, because
+    "weights" tells language models apart."""
     return ", ".join(key for key in about if key != "lm" and about[key] != before.get(key))
 
 
 def captions_to_embed(dataset, rewritten):
-    """For each sample the texts that are embedded: (caption,), or (caption, short one, long one) if captions were
-    rewritten. SystemExit if a sample has no such three."""
+    """For each sample the texts that are embedded: a tuple (caption,), or (caption, short one, long one) if captions
+    were rewritten. In that case SystemExit if a sample has not three captions."""
     found, several = [], 0
     for i in range(len(dataset)):
         texts = [" ".join(text.split()) for text in dataset.captions(i)]
@@ -328,11 +333,11 @@ def check_length(lm, kind, text):
 def embed_captions(lm, captions, about, folder, rank=0, world=1, chunk=128):
     """The offline step: writes the vectors of all captions into a folder and returns whether the store is whole.
 
-    captions: list of n tuples, a text for each kind of prompt, or one text for all (see captions_to_embed). about: what
-    embeddings.json is to say (see about_rows). Each different caption is embedded once. Of W processes on one file
-    system rank r takes every W-th chunk of captions; the one that ends last names the files embeddings.npy and
-    embeddings.json. An interrupted job goes on where it stopped, also with another W. SystemExit if the folder holds
-    something else or cannot be written, or if a caption is too long for the language model.
+    captions: list of n tuples, with one text for each kind of prompt or with one text for all (see captions_to_embed).
+    about: what embeddings.json is to say (see about_rows). Equal captions are embedded once. Of W processes on one file
+    system, rank r takes the chunks r, r + W and so on. The process that ends last renames the files to embeddings.npy
+    and embeddings.json. An interrupted job goes on where it stopped, also with another W. SystemExit if the folder
+    holds something else or cannot be written, or if a caption is too long for the language model.
     """
     numbers = {}  # {caption: its number}
     for caption in captions:
@@ -342,7 +347,7 @@ def embed_captions(lm, captions, about, folder, rank=0, world=1, chunk=128):
     for caption in unique:
         for k, kind in enumerate(kinds):
             check_length(lm, kind, caption[min(k, len(caption) - 1)])
-    order = number.argsort(kind="stable")  # samples, those of the first caption first
+    order = number.argsort(kind="stable")  # numbers of samples, grouped by caption
     starts = np.searchsorted(number[order], np.arange(len(unique) + 1))
     shape, size = (len(captions), len(about["prompts"]), about["dim"]), 2 * len(about["prompts"]) * about["dim"]
     vectors, done, part = folder / "embeddings.npy", folder / "done.part", folder / "embeddings.part.npy"
@@ -389,9 +394,10 @@ def embed_captions(lm, captions, about, folder, rank=0, world=1, chunk=128):
 
 
 def embed_texts(lm, prompts, captions, folder, known=(), chunk=256):
-    """Adds the texts of tests to texts.npz: prompts of classes by the raw prompt, captions by the mean of the long
-    prompt's rows. A text that is both counts as a prompt. known: {caption: its vector}, those that need no language
-    model."""
+    """Adds the texts of tests to texts.npz. prompts: list of texts that name classes ("a photo of a dog."); they get
+    the row of the raw prompt. captions: list of texts that get the mean of the seven rows of the long prompt. A text in
+    both lists counts as one that names a class. known: {caption: its vector, fp16 [D]}, those that are computed
+    already."""
     names, vectors, raw = read_texts(folder)
     where = {name: i for i, name in enumerate(names)}
     prompts, captions = ([*dict.fromkeys(" ".join(text.split()) for text in texts)] for texts in (prompts, captions))
@@ -407,8 +413,8 @@ def embed_texts(lm, prompts, captions, folder, known=(), chunk=256):
         for start in range(0, len(texts), chunk):
             some = texts[start:start + chunk]
             new = [text for text in some if is_raw or text not in known]
-            # As released, this is a mean of the hidden states as they are. The rows of training are of unit norm, so
-            # here the rows of tests are, too.
+            # The mean is one of unit rows, because training uses unit rows. The released code averages the hidden
+            # states without normalising them.
             rows = dict(zip(new, lm("raw" if is_raw else "long", new).mean(1).half().numpy())) if new else {}
             for text in some:
                 if text not in where:
@@ -427,7 +433,8 @@ def embed_texts(lm, prompts, captions, folder, known=(), chunk=256):
 
 
 def read_texts(folder):
-    """The texts of tests in a store: list of m strings, vectors fp16 [m, D], bool [m] (by the raw prompt or not)."""
+    """The texts of tests in a store: list of m strings; vectors fp16 [m, D]; bool [m], true for texts that were
+    embedded by the raw prompt."""
     try:
         with np.load(folder / "texts.npz", allow_pickle=False) as file:
             return json.loads(file["names"].tobytes()), file["vectors"], file["raw"]
@@ -439,7 +446,8 @@ def read_texts(folder):
 
 
 def write_texts(folder, names, vectors, raw):
-    """Writes texts.npz. The names are bytes of a JSON list, because an array of strings is as wide as its longest."""
+    """Writes texts.npz, the inverse of read_texts. The names are stored as JSON, because NumPy pads every string of an
+    array to the longest one."""
     part = folder / "texts.part.npz"
     try:
         np.savez(part, names=np.frombuffer(json.dumps(names).encode(), np.uint8), vectors=np.stack(vectors),
@@ -450,13 +458,13 @@ def write_texts(folder, names, vectors, raw):
 
 
 class TextStore:
-    """A folder that `flame.py embed` has made, opened without a language model. It is the tokenizer of its model, too:
-    store(texts) -> int64 [n, 1], one more than the numbers of the texts in texts.npz.
+    """A folder that `flame.py embed` has made, opened without a language model. It also takes the place of a tokenizer
+    in eval.py: store(texts) -> int64 [n, 1], the texts' numbers in texts.npz plus 1, because 0 means padding.
 
-    about: what embeddings.json says. path: of embeddings.npy, fp16 [n, M, D]. digest: text that says which rows they
-    are. SystemExit if the folder holds no whole store, or rows that are not of unit norm.
+    about: what embeddings.json says. path: of embeddings.npy, fp16 [n, M, D]. digest: a hash of embeddings.json and of
+    some rows. SystemExit if the folder holds no whole store, or rows that are not of unit norm.
     """
-    merges, context = (), 1  # what a checkpoint says of other tokenizers
+    merges, context = (), 1  # a checkpoint has these of every tokenizer; here they mean nothing
 
     def __init__(self, folder):
         self.folder, self.path = Path(folder), str(Path(folder, "embeddings.npy"))
@@ -485,10 +493,11 @@ class TextStore:
         self.where = {name: i for i, name in enumerate(self.names)}
 
     def rows_of(self, dataset, spec, root):
-        """Numbers in the store of a data set's samples [n]. SystemExit if the store is of other data."""
+        """The rows of embeddings.npy that belong to the samples of a data set: int64 [n]. spec, root: what
+        data.open_dataset takes. SystemExit if the store is of other data."""
         if self.about["data"] == data.fingerprint(dataset):
             return np.arange(len(dataset))
-        if not dataset.replaced:  # a part of the data that were embedded
+        if not dataset.replaced:  # perhaps it is a part of the data that were embedded
             whole = data.open_dataset(spec, None, None, None, root)
             if self.about["data"] == data.fingerprint(whole) and max(dataset.keep) < len(whole):
                 return np.asarray(dataset.keep)
@@ -593,8 +602,8 @@ class FLAME(nn.Module):
     """A ViT, an MLP on its patches, the scale and, for the sigmoid loss, the bias. dim: D, the width of the language
     model. rows: M. store: the TextStore in which encode_text looks texts up.
 
-    ln_post and proj of the ViT are not used and not trained, as released. They stay, so that the tower's weights load
-    into CLIP's towers and come from them.
+    ln_post and proj of the ViT are not used and not trained, as released. They are kept so that weights of image towers
+    can be exchanged with CLIP's checkpoints.
     """
     store = None
 
@@ -604,29 +613,31 @@ class FLAME(nn.Module):
         self.visual = VisionTransformer(embed_dim, image_size, patch_size, vision_width, vision_layers, quick_gelu)
         for parameter in (*self.visual.ln_post.parameters(), self.visual.proj):
             parameter.requires_grad_(False)
-        # The released code has max(D, 4096) hidden units, which is D for its language model. For small ones we take D.
+        # The hidden width is D. The released code has max(D, 4096), which is D for its language model (5,120).
         self.projector = nn.Sequential(
             nn.Linear(vision_width, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if bias else 1 / .07)))  # the log of s
         self.logit_bias = nn.Parameter(torch.tensor(-10.)) if bias else None
-        self.register_buffer("centre", torch.zeros(rows, dim))  # with --centre: the means of the M rows
+        self.register_buffer("centre", torch.zeros(rows, dim))  # with --centre: the mean of each row
 
     def encode_image(self, images):
-        """Normalised pictures [B, 3, S, S] -> features [B, D], not of unit norm. The norm of each patch's vector comes
+        """Normalised pictures [B, 3, S, S] -> features [B, D], not of unit norm. The layer norm acts on each patch,
         before the mean. The class token takes part in attention, but its output is not used. For linear probes the
         authors take the mean of the patches before the MLP; eval.py takes what is returned here."""
         tokens = self.visual.transformer(self.visual.embed(images))  # [B, 1+P, C]
         return self.projector(tokens[:, 1:]).mean(1)
 
     def encode_text(self, tokens):
-        """What the store returned for texts [n, 1] -> their vectors [n, D], not of unit norm."""
+        """store(texts), int64 [n, 1] -> the texts' vectors [n, D], less the means of the training rows that were made
+        by the same prompt (zeros without --centre). They are not of unit norm; eval.py makes them unit vectors."""
         rows = tokens[:, 0].cpu().numpy() - 1
         vectors, raw = (torch.from_numpy(x[rows]).to(tokens.device) for x in (self.store.vectors, self.store.raw))
         means = self.centre[0], self.centre[self.store.about["caption_rows"]].mean(0)
         return vectors.float() - torch.where(raw[:, None], *means)
 
     def centred(self, text, facets):
-        """Rows text [B, K, D] of the numbers facets [B, K], less their means, of unit norm again."""
+        """Subtracts from rows text [B, K, D] the means of their rows, whose numbers are facets [B, K], and makes them
+        unit vectors again."""
         return F.normalize(text.float() - self.centre[facets], dim=-1).to(text.dtype)
 
     def forward(self, images):
@@ -637,8 +648,8 @@ class FLAME(nn.Module):
 
     @classmethod
     def restore(cls, state, sizes, folder):
-        """A model from what a checkpoint in a folder holds, and the store as its tokenizer. $FLAME_TEXTS names a store
-        that has moved."""
+        """(model, store): the model of a checkpoint in a folder, and the store in the place of its tokenizer. state,
+        sizes: what the checkpoint holds under "model" and "sizes". $FLAME_TEXTS names a store that has moved."""
         sizes = dict(sizes)
         beside = os.path.normpath(Path(folder, sizes.pop("texts")))
         texts = os.environ.get("FLAME_TEXTS") or beside
@@ -683,8 +694,8 @@ AUGMENT = {  # Two entries for each method: how much of a picture's area a crop 
 
 def flame_views(image, caption, rng, rows, facets, size, augment):
     """One sample, made in a worker from image bytes. Returns a dict: "images" is a crop, uint8 [3, S, S]; "colors" [8]
-    are its colour parameters, if the augmentation changes colours; "facets" [K] are different numbers below M = rows,
-    drawn at random. The caption is not used, because its vectors are stored. rng: random.Random."""
+    are its colour parameters, if the augmentation changes colours; "facets" [K] are the numbers of K different rows,
+    drawn at random. rows: M. facets: K. The caption is not used, because its vectors are stored. rng: random.Random."""
     area, colors = AUGMENT[augment]
     sample = {"images": data.random_resized_crop(image, size, area, rng),
               "facets": torch.tensor(rng.sample(range(rows), facets))}
@@ -694,8 +705,8 @@ def flame_views(image, caption, rng, rows, facets, size, augment):
 
 
 def flame_collate(samples, path, rows):
-    """data.collate, and "texts" fp16 [B, K, D], the stored rows. path: of embeddings.npy. rows: each sample's number
-    there. Only the K rows are read from the disk."""
+    """A batch as data.collate makes it, and "texts" fp16 [B, K, D], the stored rows. path: of embeddings.npy. rows [n]:
+    each sample's number there. Only the K rows are read from the disk."""
     batch = data.collate(samples)
     places = rows[batch["index"].numpy()][:, None]  # [B, 1]
     return batch | {"texts": torch.from_numpy(data.mapped(path)[places, batch["facets"].numpy()])}
@@ -711,8 +722,8 @@ def mean_rows(path, rows, most=2 ** 16):
 
 
 def facet_picture(path, model, preprocess, dataset, store, rows, count=64, show=12):
-    """Writes a sheet of some training pictures (show of them). Under each stand, facet by facet, the captions that the
-    model ranks first among those of count pictures. A star marks the picture's own."""
+    """Writes a sheet of `show` training pictures. Below each stands, for each of the M rows, the caption that the model
+    ranks first among those of `count` pictures. A star marks the picture's own caption."""
     device, training = model.logit_scale.device, model.training
     pictures = evaluator.Pictures(dataset, preprocess.size)
     places = range(0, len(dataset), max(1, len(dataset) // count))[:count]
@@ -737,10 +748,10 @@ RECIPES = {  # batch_size is that of all ranks together, warmup counts steps
         eval="toy-tune,toy", eval_every=6),
     "small": dict(
         model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="clip", facets=6),
-    # as released (Training.md), with raw, short and long captions; the absolute result on ImageNet is not known to us
+    # as released (Training.md), with raw, short and long captions; we found no absolute accuracy on ImageNet
     "cc3m": dict(
         model="ViT-B-16", batch_size=3072, epochs=32, lr=5e-4, warmup=2000, weight_decay=.5, augment="flame", facets=6),
-    # The authors trained on YFCC15M, too, but published no command, and none on CC12M: cc3m's values.
+    # The authors published no command for YFCC15M or CC12M, so these are cc3m's values.
     "cc12m": dict(
         model="ViT-B-16", batch_size=3072, epochs=32, lr=5e-4, warmup=2000, weight_decay=.5, augment="flame", facets=6),
     "yfcc15m": dict(
@@ -749,8 +760,8 @@ RECIPES = {  # batch_size is that of all ranks together, warmup counts steps
 
 
 def stand_in(args, dataset, rank):
-    """Makes a store of the toy's captions and tests in --out, with vectors of words in place of a language model's, and
-    returns its folder."""
+    """Embeds the toy's captions and the texts of its tests by WordVectors, in a folder under --out. Returns the
+    folder."""
     lm = WordVectors()
     about = about_rows(lm, dataset, False)
     folder = Path(args.out, "words-" + hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8])
@@ -803,7 +814,8 @@ def main(argv=None):
     model = FLAME(**sizes).to(device)
     model.store = store
     about = describe(args, dataset, store, preprocess, sizes | {"texts": os.path.relpath(folder, args.out)})
-    about["data"] = hashlib.sha256((about["data"] + store.digest).encode()).hexdigest()[:32]  # the pairs, vectors too
+    # a run resumes only with the same pairs and the same vectors
+    about["data"] = hashlib.sha256((about["data"] + store.digest).encode()).hexdigest()[:32]
     saved = find_run(args, about, device)
     if args.init and not saved:
         load_visual(model, evaluator.load_clip_state(args.init, args.quick_gelu), args)
@@ -812,7 +824,7 @@ def main(argv=None):
     for module in model.modules():
         if hasattr(module, "checkpoint_activations"):
             module.checkpoint_activations = args.checkpoint_activations
-    # As released: positions decay, but not the class token, norms, biases, the scale and the bias.
+    # As released: positions decay; the class token, norms, biases, the scale s and the bias b do not.
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), args.lr, (.9, .95), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     meter = Meter(args.out, args.batch_size, device)
@@ -957,7 +969,7 @@ def embed(argv):
     if dataset:
         own = captions_to_embed(dataset, args.rewritten)
         whole = embed_captions(lm, own, about_rows(lm, dataset, args.rewritten), folder, rank, world)
-        if whole and not args.rewritten:  # test captions that are training captions too have their rows already
+        if whole and not args.rewritten:  # a test's caption that is a training caption, too, has its rows already
             vectors = np.load(folder / "embeddings.npy", mmap_mode="r")
             rows, place = json.loads(before.read_text())["caption_rows"], {text: i for i, (text,) in enumerate(own)}
             known = {text: vectors[place[text], rows].astype(np.float32).mean(0).astype(np.float16)
