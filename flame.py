@@ -20,7 +20,7 @@ s = exp(logit_scale) and the bias b are learned.
 
 What it brought, with rewritten captions and a language model of 12 B parameters (authors): on ImageNet after CC3M 4.9
 points more than the best earlier result; on long captions (Urban-1k) after YFCC15M 87.9 % recall at 1 (OpenAI's CLIP:
-53.3). A step takes 1.14 times CLIP's FLOPs (ViT-B-16), because the MLP costs more than the text tower did. CC3M's
+53.3). A step takes 1.15 times CLIP's FLOPs (ViT-B-16), because the MLP costs more than the text tower did. CC3M's
 vectors take 327 GB.
 
 How to run. The first command needs no files: on the toy, random vectors of words replace the language model.
@@ -102,7 +102,7 @@ def sigmoid_loss(image_features, text, logit_scale, bias, all_text=None):
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x = image_features.to(torch.promote_types(image_features.dtype, torch.float32))
-        all_text = (gather(text.detach()) if all_text is None else all_text).to(x.dtype)
+        all_text = (gather(text.detach()) if all_text is None else all_text.detach()).to(x.dtype)
         N, K, _ = all_text.shape
         rank = dist.get_rank() if N > len(x) else 0
         labels = torch.arange(len(x), device=x.device) + rank * len(x)
@@ -121,7 +121,8 @@ def nce_loss(image_features, text, logit_scale, all_text=None):
     """
     with torch.autocast(image_features.device.type, enabled=False):
         x = image_features.to(torch.promote_types(image_features.dtype, torch.float32))
-        all_text = (gather(text.detach()) if all_text is None else all_text).to(x.dtype)
+        text = text.detach()
+        all_text = (gather(text) if all_text is None else all_text.detach()).to(x.dtype)
         # Images are gathered with gradient, so that the gradients are those of one process. In the released code they
         # have none, and each of W ranks computes the loss of the whole batch: its tower gets 1/W of the gradient.
         all_x = gather(x)  # [N, D]
@@ -214,39 +215,47 @@ class LanguageModel:
         try:
             import transformers
         except ImportError:
-            raise SystemExit("embed needs transformers: pip install transformers (training and testing do not need "
-                             "it)") from None
-        try:
-            config = transformers.AutoConfig.from_pretrained(name)
+            raise SystemExit("embed needs transformers: pip install 'transformers>=4.56' (training and testing do not "
+                             "need it)") from None
+        try:  # never with code from the model's folder
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             if config.model_type not in self.KINDS:
                 raise SystemExit(f"--lm {name} is a {config.model_type}; embed reads causal language models of the "
                                  f"kinds {', '.join(self.KINDS)} (SmolLM2 is a llama)")
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            model = transformers.AutoModel.from_pretrained(name, dtype="auto", attn_implementation="sdpa")
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = transformers.AutoModel.from_pretrained(
+                name, dtype="auto", attn_implementation="sdpa", trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise SystemExit(f"--lm {name} cannot be loaded: {reason}") from None
-        table = model.get_input_embeddings().weight.detach()
-        some = table[::max(1, len(table) // 64)].float().numpy()  # enough to tell one model from another
+        if len(model.layers) < 2:
+            raise SystemExit(f"--lm {name} has one block; the vector is the output of the second-to-last one")
         # The vector is the output of the second-to-last block, without the final norm. The last block is removed.
-        self.about = {"lm": str(name), "weights": hashlib.sha256(some.tobytes()).hexdigest()[:16],
-                      "layer": len(model.layers) - 2, "restart_positions": restart, "dim": table.shape[1]}
-        self.name, self.dim, self.context = str(name), table.shape[1], config.max_position_embeddings
         model.layers, model.norm = model.layers[:-1], nn.Identity()
+        # some numbers of each matrix, enough to tell a model from its fine-tuned versions
+        some = [p.detach().flatten()[::max(1, p.numel() // 64)].float() for p in model.parameters()]
+        self.name, self.dim, self.context = str(name), config.hidden_size, config.max_position_embeddings
+        self.about = {"lm": self.name, "weights": hashlib.sha256(torch.cat(some).numpy().tobytes()).hexdigest()[:16],
+                      "layer": len(model.layers) - 1, "restart_positions": restart, "dim": self.dim}
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
         self.model = model.to(device, self.dtype).eval()
         self.device, self.restart, self.batch_tokens = device, restart, batch_tokens
         # Some tokenizers put a space before every text. So a facet is cut into tokens behind a comma, whose ids go.
-        comma = self.tokenizer(",").input_ids
-        facets = [self.tokenizer("," + FACET.format(facet)).input_ids[len(comma):] for facet in FACETS]
+        comma = self.ids(",")
+        facets = [self.ids("," + FACET.format(facet))[len(comma):] for facet in FACETS]
         bos = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
         # as released: in a prompt with several facets, facet 1 begins with the start token
         self.facets = {kind: [(bos if i == 0 and count > 1 else []) + facets[i] for i in range(count)]
                        for kind, (_, count) in PROMPTS.items()}
 
+    def ids(self, text):
+        """List of a text's token ids, without the end token that some tokenizers put behind every text."""
+        ids = self.tokenizer(text).input_ids
+        return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
+
     def prefix(self, kind, text):
-        """Ids of what stands before the facets."""
-        return self.tokenizer(PROMPTS[kind][0].format(tidy(text))).input_ids
+        """List of the ids of what stands before the facets."""
+        return self.ids(PROMPTS[kind][0].format(tidy(text)))
 
     def length(self, kind, text):
         """Number of tokens of the whole prompt with this text in it."""
@@ -274,9 +283,12 @@ class LanguageModel:
                 if self.restart:
                     positions[row, p:t] = torch.cat([p + torch.arange(length) for length in lengths])
             bias = torch.zeros(seen.shape, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)
-            hidden = self.model(
-                input_ids=ids.to(self.device), attention_mask=bias[:, None].to(self.device),
-                position_ids=positions.to(self.device), use_cache=False).last_hidden_state  # [b, T, D]
+            try:
+                hidden = self.model(
+                    input_ids=ids.to(self.device), attention_mask=bias[:, None].to(self.device),
+                    position_ids=positions.to(self.device), use_cache=False).last_hidden_state  # [b, T, D]
+            except torch.OutOfMemoryError:
+                raise SystemExit(f"{len(batch)} texts of {T} tokens do not fit: lower --batch-tokens") from None
             places = torch.tensor([len(prefixes[i]) for i in batch])[:, None] + ends  # [b, facets]
             found = hidden[torch.arange(len(batch), device=self.device)[:, None], places.to(self.device)]
             rows[torch.tensor(batch)] = F.normalize(found.float(), dim=-1).cpu()
@@ -296,6 +308,22 @@ def about_rows(lm, dataset, rewritten):
     prompts = [PROMPTS[kind][0] + FACET.format(facet) for kind in kinds for facet in FACETS[:PROMPTS[kind][1]]]
     return lm.about | {"prompts": prompts, "caption_rows": [*range(len(prompts) - PROMPTS["long"][1], len(prompts))],
                        "rewritten": rewritten, "count": len(dataset), "data": data.fingerprint(dataset)}
+
+
+def read_about(path):
+    """The dict in a file embeddings.json, or in embeddings.part.json. SystemExit if it is damaged."""
+    try:
+        about = json.loads(path.read_text())
+        assert {"lm", "weights", "layer", "restart_positions", "dim", "prompts", "caption_rows", "count"} <= {*about}
+        return about
+    except (ValueError, TypeError, AssertionError):
+        raise SystemExit(f"{path} is damaged: delete its folder and embed the captions again") from None
+
+
+def identity(about):
+    """A hash of what makes a vector from a text: the language model, its layer, and the facets' positions."""
+    made_by = [about[key] for key in ("weights", "layer", "restart_positions", "dim")]
+    return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
 
 
 def other(about, before):
@@ -351,6 +379,7 @@ def embed_captions(lm, captions, about, folder, rank=0, world=1, chunk=128):
     starts = np.searchsorted(number[order], np.arange(len(unique) + 1))
     shape, size = (len(captions), len(about["prompts"]), about["dim"]), 2 * len(about["prompts"]) * about["dim"]
     vectors, done, part = folder / "embeddings.npy", folder / "done.part", folder / "embeddings.part.npy"
+    chunks = math.ceil(len(unique) / chunk)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -360,16 +389,17 @@ def embed_captions(lm, captions, about, folder, rank=0, world=1, chunk=128):
             if not whole and not done.exists():
                 np.lib.format.open_memmap(part, "w+", np.float16, shape)  # a file full of zeros
                 (folder / "embeddings.part.json").write_text(json.dumps(about, indent=1))
-                done.write_bytes(bytes(math.ceil(len(unique) / chunk)))  # a byte for each chunk
-            before = json.loads((folder / f"embeddings{'' if whole else '.part'}.json").read_text())
+                (folder / "done.new").write_bytes(bytes(chunks))  # a byte for each chunk
+                os.replace(folder / "done.new", done)
+            before = read_about(folder / f"embeddings{'' if whole else '.part'}.json")
         if differ := other(about, before):
             raise SystemExit(f"{folder} holds vectors that differ in: {differ}; choose another --out, or delete it")
         if whole:
             return True
         with open(part, "r+b") as file, open(done, "r+b") as marks:
             offset = np.load(part, mmap_mode="r").offset
-            mine = [c for c in range(rank, len(marks.read()), world)]
-            todo = [c for c in mine if not os.pread(marks.fileno(), 1, c)[0]]
+            mine = range(rank, chunks, world)
+            todo = [c for c in mine if os.pread(marks.fileno(), 1, c) != b"\1"]
             bar = tqdm(total=len(mine) * chunk, initial=(len(mine) - len(todo)) * chunk, unit="caption",
                        disable=rank > 0, delay=1)
             for c in todo:
@@ -378,19 +408,22 @@ def embed_captions(lm, captions, about, folder, rank=0, world=1, chunk=128):
                                   for k, kind in enumerate(kinds)], 1).half().numpy()  # [chunk, M, D]
                 for j, row in enumerate(rows, c * chunk):
                     for sample in order[starts[j]:starts[j + 1]]:
-                        os.pwrite(file.fileno(), row.tobytes(), offset + int(sample) * size)
+                        if os.pwrite(file.fileno(), row.tobytes(), offset + int(sample) * size) < size:
+                            raise OSError("the disk is full")
                 os.fsync(file.fileno())
                 os.pwrite(marks.fileno(), b"\1", c)
                 bar.update(chunk)
             bar.close()
         with data.locked(folder / "embeddings"):
-            if done.exists() and 0 not in done.read_bytes():
+            if done.exists() and done.read_bytes() == b"\1" * chunks:
                 os.replace(part, vectors)
                 os.replace(folder / "embeddings.part.json", folder / "embeddings.json")
                 done.unlink()
         return (folder / "embeddings.json").exists()
     except OSError as error:
         raise SystemExit(f"--out {folder}: {error.strerror or error}") from None
+    except ValueError:  # of np.load
+        raise SystemExit(f"{part} is damaged: delete {folder} and embed the captions again") from None
 
 
 def embed_texts(lm, prompts, captions, folder, known=(), chunk=256):
@@ -398,7 +431,7 @@ def embed_texts(lm, prompts, captions, folder, known=(), chunk=256):
     the row of the raw prompt. captions: list of texts that get the mean of the seven rows of the long prompt. A text in
     both lists counts as one that names a class. known: {caption: its vector, fp16 [D]}, those that are computed
     already."""
-    names, vectors, raw = read_texts(folder)
+    names, vectors, raw = read_texts(folder, lm.about)
     where = {name: i for i, name in enumerate(names)}
     prompts, captions = ([*dict.fromkeys(" ".join(text.split()) for text in texts)] for texts in (prompts, captions))
     todo = [(text, True) for text in prompts if not (text in where and raw[where[text]])]
@@ -425,33 +458,39 @@ def embed_texts(lm, prompts, captions, folder, known=(), chunk=256):
                 vectors[where[text]], raw[where[text]] = rows[text] if text in rows else known[text], is_raw
             bar.update(len(some))
             if time.monotonic() > saved + 60:  # so that a kill costs little
-                write_texts(folder, names, vectors, raw)
+                write_texts(folder, names, vectors, raw, lm.about)
                 saved = time.monotonic()
     bar.close()
     if todo:
-        write_texts(folder, names, vectors, raw)
+        write_texts(folder, names, vectors, raw, lm.about)
 
 
-def read_texts(folder):
+def read_texts(folder, about):
     """The texts of tests in a store: list of m strings; vectors fp16 [m, D]; bool [m], true for texts that were
-    embedded by the raw prompt."""
+    embedded by the raw prompt. SystemExit if they are damaged or not of the language model that about tells of."""
+    path = folder / "texts.npz"
     try:
-        with np.load(folder / "texts.npz", allow_pickle=False) as file:
-            return json.loads(file["names"].tobytes()), file["vectors"], file["raw"]
+        with np.load(path, allow_pickle=False) as file:
+            names, vectors, raw = json.loads(file["names"].tobytes()), file["vectors"], file["raw"]
+            made_by = file["identity"].tobytes().decode()
     except FileNotFoundError:
-        return [], np.zeros((0, 0), np.float16), np.zeros(0, bool)
+        return [], np.zeros((0, about["dim"]), np.float16), np.zeros(0, bool)
     except Exception as error:
-        raise SystemExit(f"{folder / 'texts.npz'} is damaged ({type(error).__name__}): delete it and embed the texts "
-                         "of tests again") from None
+        raise SystemExit(f"{path} is damaged ({type(error).__name__}): delete it and embed the texts of tests "
+                         "again") from None
+    if made_by != identity(about) or vectors.shape != (len(names), about["dim"]) or raw.shape != (len(names),):
+        raise SystemExit(f"{path} is of another language model or other positions than embeddings.json: delete it and "
+                         "embed the texts of tests again")
+    return names, vectors, raw
 
 
-def write_texts(folder, names, vectors, raw):
+def write_texts(folder, names, vectors, raw, about):
     """Writes texts.npz, the inverse of read_texts. The names are stored as JSON, because NumPy pads every string of an
     array to the longest one."""
     part = folder / "texts.part.npz"
     try:
         np.savez(part, names=np.frombuffer(json.dumps(names).encode(), np.uint8), vectors=np.stack(vectors),
-                 raw=np.array(raw))
+                 raw=np.array(raw), identity=np.frombuffer(identity(about).encode(), np.uint8))
         os.replace(part, folder / "texts.npz")
     except OSError as error:
         raise SystemExit(f"--out {folder}: {error.strerror or error}") from None
@@ -473,8 +512,8 @@ class TextStore:
             raise SystemExit(f"{folder} holds no embeddings.json: " + (
                 "its embedding was interrupted; the same command goes on with it" if unfinished else
                 "it must be a folder that python flame.py embed --lm ... --out FOLDER has made"))
+        self.about = read_about(Path(folder, "embeddings.json"))
         try:
-            self.about = json.loads(Path(folder, "embeddings.json").read_text())
             vectors = np.load(self.path, mmap_mode="r", allow_pickle=False)
             shape = self.about["count"], len(self.about["prompts"]), self.about["dim"]
             if vectors.shape != shape or vectors.dtype != np.float16:
@@ -489,7 +528,7 @@ class TextStore:
             raise SystemExit(f"{self.path} has a row of norm {norms.flat[worst]:.3f}, and all must have norm 1: delete "
                              f"{folder} and embed the captions again")
         self.digest = hashlib.sha256(json.dumps(self.about).encode() + some.tobytes()).hexdigest()
-        self.names, self.vectors, self.raw = read_texts(self.folder)
+        self.names, self.vectors, self.raw = read_texts(self.folder, self.about)
         self.where = {name: i for i, name in enumerate(self.names)}
 
     def rows_of(self, dataset, spec, root):
@@ -651,14 +690,14 @@ class FLAME(nn.Module):
         """(model, store): the model of a checkpoint in a folder, and the store in the place of its tokenizer. state,
         sizes: what the checkpoint holds under "model" and "sizes". $FLAME_TEXTS names a store that has moved."""
         sizes = dict(sizes)
-        beside = os.path.normpath(Path(folder, sizes.pop("texts")))
+        beside, made_by = os.path.normpath(Path(folder, sizes.pop("texts"))), sizes.pop("made_by")
         texts = os.environ.get("FLAME_TEXTS") or beside
         if not os.path.isdir(texts):
             raise SystemExit(f"the texts of this checkpoint are not in {texts}: name their folder by $FLAME_TEXTS")
         model = cls(**sizes)
         model.load_state_dict(state)
         model.store = TextStore(texts)
-        if model.store.about["dim"] != sizes["dim"] or len(model.store.about["prompts"]) != sizes["rows"]:
+        if identity(model.store.about) != made_by or len(model.store.about["prompts"]) != sizes["rows"]:
             raise SystemExit(f"{texts} holds vectors of another language model or of other prompts than this "
                              "checkpoint was trained with: name the right folder by $FLAME_TEXTS")
         return model, model.store
@@ -733,7 +772,8 @@ def facet_picture(path, model, preprocess, dataset, store, rows, count=64, show=
     with torch.inference_mode():
         text = torch.from_numpy(data.mapped(store.path)[rows[list(places)]]).to(device)  # [count, M, D]
         text = model.centred(text, torch.arange(text.shape[1], device=device).expand(len(text), -1))
-        x = model(preprocess.normalize(torch.stack([image for _, image in images]).to(device)))[0]
+        x = model.encode_image(preprocess.normalize(torch.stack([image for _, image in images]).to(device)))
+        x = F.normalize(x.float(), dim=-1)
         best = torch.einsum("bd,nmd->bmn", x, text.to(x.dtype)).argmax(2).tolist()  # [show, M]
     model.train(training)
     lines = [[f"{j}{'*' if captions[k] == captions[places.index(place)] else ' '} {captions[k][:60]}"
@@ -792,6 +832,7 @@ def main(argv=None):
     if not args.texts and not isinstance(dataset, data.ToyDataset):
         raise SystemExit("--texts: give the folder of the stored vectors, which python flame.py embed --lm ... --data "
                          f"{args.data} --out FOLDER makes")
+    args.texts = args.texts and os.path.normpath(args.texts)
     folder = Path(args.texts) if args.texts else stand_in(args, dataset, rank)
     store = TextStore(folder)
     rows = store.rows_of(dataset, args.data, args.data_root)
@@ -799,8 +840,9 @@ def main(argv=None):
         for texts in evaluator.texts_of(test, evaluator.open_test(test, root=args.data_root)):
             store(texts)  # so that a text that is not stored is found now, not after an epoch
     M = len(store.about["prompts"])
+    args.facets = min(args.facets, M)
     preprocess = data.Preprocess(args.image_size)
-    dataset.transform = partial(flame_views, rows=M, facets=min(args.facets, M), size=args.image_size,
+    dataset.transform = partial(flame_views, rows=M, facets=args.facets, size=args.image_size,
                                 augment=args.augment)
     batches = data.EpochBatches(len(dataset), args.batch_size // world, args.seed, rank, world)
     loader = data.loader(dataset, batches, args.workers, device)
@@ -813,7 +855,8 @@ def main(argv=None):
                   quick_gelu=args.quick_gelu)
     model = FLAME(**sizes).to(device)
     model.store = store
-    about = describe(args, dataset, store, preprocess, sizes | {"texts": os.path.relpath(folder, args.out)})
+    about = describe(args, dataset, store, preprocess, sizes | {
+        "texts": os.path.relpath(folder, args.out), "made_by": identity(store.about)})
     # a run resumes only with the same pairs and the same vectors
     about["data"] = hashlib.sha256((about["data"] + store.digest).encode()).hexdigest()[:32]
     saved = find_run(args, about, device)
@@ -839,8 +882,10 @@ def main(argv=None):
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at its buckets
         model.compile()
+    # The one buffer, the means, never changes. A broadcast of it would wait for the texts before the forward pass.
     parallel = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
+        gradient_as_bucket_view=True)
     # bf16 has the range of fp32. fp16 does not, so it needs a GradScaler, and large ViTs have diverged in it.
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     if rank == 0:
@@ -946,17 +991,20 @@ def embed(argv):
     """The command embed: fills a folder with the vectors of a data set's captions and of the texts of tests."""
     args = parse_embed_args(argv)
     folder = Path(args.out)
-    before = folder / "embeddings.json"
-    args.lm = args.lm or (json.loads(before.read_text())["lm"] if before.exists() else None)
+    before = read_about(folder / "embeddings.json") if (folder / "embeddings.json").exists() else None
+    if before:
+        args.lm = args.lm or before["lm"]
+        args.restart_positions = args.restart_positions or before["restart_positions"]
     if not args.lm:
         raise SystemExit(f"--lm: name the language model, since {folder} holds no vectors yet")
-    if not args.data and not before.exists():
+    if not args.data and not before:
         raise SystemExit(f"--data: name the data first, since {folder} holds no vectors of captions yet")
+    if (args.templates or args.classnames) and not args.tests:
+        raise SystemExit("--templates and --classnames are for the classes of --tests: give --tests, too")
     rank, world, device = init_distributed()
     dataset = data.open_dataset(args.data, None, args.limit, args.subset, args.data_root) if args.data else None
     tests = args.tests.split(",") if args.tests else []
-    prompts, captions = data.read_lines(args.lines, "--lines") if args.lines else [], []
-    prompts = [line for line in prompts if line.strip()]
+    lines, prompts, captions = data.read_lines(args.lines, "--lines") if args.lines else [], [], []
     templates = evaluator.read_templates(args.templates) if args.templates else evaluator.TEMPLATES
     classnames = evaluator.read_classnames(args.classnames, "--classnames") if args.classnames else None
     for test in tests:
@@ -971,13 +1019,16 @@ def embed(argv):
         whole = embed_captions(lm, own, about_rows(lm, dataset, args.rewritten), folder, rank, world)
         if whole and not args.rewritten:  # a test's caption that is a training caption, too, has its rows already
             vectors = np.load(folder / "embeddings.npy", mmap_mode="r")
-            rows, place = json.loads(before.read_text())["caption_rows"], {text: i for i, (text,) in enumerate(own)}
+            rows = read_about(folder / "embeddings.json")["caption_rows"]
+            place = {text: i for i, (text,) in enumerate(own)}
             known = {text: vectors[place[text], rows].astype(np.float32).mean(0).astype(np.float16)
                      for text in {" ".join(text.split()) for text in captions} & {*place}}
-    elif differ := other(lm.about, json.loads(before.read_text())):
+    elif differ := other(lm.about, before):
         raise SystemExit(f"--lm {args.lm}: {folder} holds vectors that differ in: {differ}; give the same language "
                          "model and --restart-positions as before, or another --out")
     if rank == 0:
+        stored = {*read_texts(folder, lm.about)[0]}  # --lines does not change what a test has stored
+        prompts += [line for line in lines if line.strip() and " ".join(line.split()) not in stored]
         embed_texts(lm, prompts, captions, folder, known)
         print(f"{folder} holds {', '.join(sorted(os.listdir(folder)))}" + (
             "" if whole else "; the other processes are still at work"))
@@ -1063,7 +1114,8 @@ def parse_embed_args(argv):
     add("--tests", help="comma list of test sets, whose class prompts and captions are added: what --eval takes")
     add("--templates", metavar="FILE", help="prompts of the tests in place of eval.py's, a line each, with {}")
     add("--classnames", metavar="FILE", help="names of the classes in place of the tests' own, a line each")
-    add("--lines", metavar="FILE", help="more texts to add, a line each")
+    add("--lines", metavar="FILE", help="more texts to add, a line each; like the prompts of classes, "
+        "they get the raw prompt")
     add("--restart-positions", action="store_true", help="each facet takes the positions that follow the caption, as "
         "if it were a prompt of its own (released: positions run on)")
     add("--amp", choices=("bf16", "fp16", "off"), help="precision of the language model (default: fp16 on a GPU, as "

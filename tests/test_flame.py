@@ -450,9 +450,9 @@ def test_embedding_is_sharded_and_resumed(tmp_path):
 def test_a_text_that_is_prompt_and_caption_counts_as_prompt(tmp_path):
     lm = Counted()
     flame.embed_texts(lm, [], ["red car", "dog"], tmp_path)
-    assert flame.read_texts(tmp_path)[2].tolist() == [False, False]
+    assert flame.read_texts(tmp_path, lm.about)[2].tolist() == [False, False]
     flame.embed_texts(lm, ["red  car"], ["red car", "dog", "cat"], tmp_path, {"cat": np.ones(64, np.float16)})
-    names, vectors, raw = flame.read_texts(tmp_path)
+    names, vectors, raw = flame.read_texts(tmp_path, lm.about)
     assert names == ["red car", "dog", "cat"] and raw.tolist() == [True, False, False] and lm.texts == 3
     assert (vectors[2] == 1).all() and np.abs(vectors[0] - lm("raw", ["red car"])[0, 0].numpy()).max() < 1e-3
 
