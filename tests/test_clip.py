@@ -536,6 +536,7 @@ def test_wrong_use_is_one_sentence(finished, tmp_path):
     assert "empty" in message("--data", str(tmp_path / "empty"))
     assert "--warmup" in message("--warmup", "99") and "--batch-size" in message("--batch-size", "500")
     assert "--lr" in message("--out", str(finished), "--lr", ".5") and "--seed" in message("--seed", "-1")
+    assert "needs at least 8 pixels" in message("--image-size", "7")
     assert "--out" in message("--out", str(ROOT / "clip.py"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run/last.pt").write_bytes((finished / "last.pt").read_bytes()[:5000])

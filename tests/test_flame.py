@@ -68,7 +68,9 @@ def test_losses_are_their_definitions():
         assert fast.dtype == torch.float64 and abs(fast - slow) < 1e-12
         for a, c in zip(torch.autograd.grad(fast, inputs, retain_graph=True), torch.autograd.grad(slow, inputs)):
             assert (a - c).abs().max() < 1e-12
-    assert torch.autograd.grad(flame.sigmoid_loss(x, text, s, b), text, allow_unused=True)[0] is None
+    for given in (None, text):  # texts are constants
+        for loss in (flame.sigmoid_loss(x, text, s, b, given), flame.nce_loss(x, text, s, given)):
+            assert torch.autograd.grad(loss, text, allow_unused=True)[0] is None
 
 
 def test_one_row_is_siglip_and_clip():
@@ -362,9 +364,45 @@ def test_wrong_language_models_are_one_sentence(lms, tmp_path, monkeypatch):
         flame.embed_texts(flame.LanguageModel(lms / "Llama", CPU), ["dog " * 300], [], tmp_path)
 
 
+@pytest.mark.transformers
+def test_fine_tuned_models_are_told_apart_and_no_code_runs(lms, tmp_path):
+    import transformers
+    shutil.copytree(lms / "Llama", tmp_path / "tuned")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "tuned")
+    model.model.layers[0].self_attn.q_proj.weight.data += .01
+    model.save_pretrained(tmp_path / "tuned")
+    one, other = (flame.LanguageModel(folder, CPU).about for folder in (lms / "Llama", tmp_path / "tuned"))
+    assert one["weights"] != other["weights"] and flame.identity(one) != flame.identity(other)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+    )).save_pretrained(tmp_path / "short")
+    shutil.copytree(lms / "Llama", tmp_path / "short", dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
+    with pytest.raises(SystemExit, match="has one block"):
+        flame.LanguageModel(tmp_path / "short", CPU)
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}')
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(SystemExit, match="cannot be loaded"):
+        flame.LanguageModel(tmp_path / "evil", CPU)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_end_token_of_the_tokenizer_is_left_out():
+    class Tokenizer:
+        eos_token_id = 7
+
+        def __call__(self, text):
+            return type("", (), {"input_ids": [1, *map(ord, text), 7]})
+
+    lm = object.__new__(flame.LanguageModel)
+    lm.tokenizer = Tokenizer()
+    assert lm.ids("ab") == [1, 97, 98]
+
+
 def test_without_transformers_there_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SystemExit, match="pip install transformers"):
+    with pytest.raises(SystemExit, match="pip install 'transformers>=4.56'"):
         flame.main(["embed", "--lm", "any", "--data", "toy", "--limit", "8", "--out", str(tmp_path)])
 
 
@@ -505,6 +543,51 @@ def test_centring(stored):
     assert (model.centred(text.half(), facets)[0] - expected).abs().max() < 2e-3
 
 
+def as_of_another_model(folder, copy):
+    """A copy of a store that says of itself that another language model of the same width has made it."""
+    shutil.copytree(folder, copy)
+    about = json.loads((folder / "embeddings.json").read_text())
+    about["weights"] = "f" * 16
+    (copy / "embeddings.json").write_text(json.dumps(about))
+    texts = flame.read_texts(folder, flame.WordVectors().about)
+    flame.write_texts(copy, *texts, about)
+    return copy
+
+
+def test_texts_of_another_language_model_are_one_sentence(stored, tmp_path):
+    other = as_of_another_model(stored, tmp_path / "other")
+    assert flame.TextStore(other).names == flame.TextStore(stored).names
+    shutil.copy(stored / "texts.npz", other / "texts.npz")
+    with pytest.raises(SystemExit, match="texts.npz is of another language model"):
+        flame.TextStore(other)
+    shutil.copy(other / "embeddings.json", tmp_path / "damaged")
+    (tmp_path / "damaged").write_text("{")
+    with pytest.raises(SystemExit, match="is damaged"):
+        flame.read_about(tmp_path / "damaged")
+
+
+def test_lines_do_not_change_what_a_test_has_stored(stored, tmp_path):
+    shutil.copytree(stored, tmp_path / "store")
+    store = flame.TextStore(stored)
+    caption = store.names[int(np.flatnonzero(~store.raw)[0])]
+    (tmp_path / "lines").write_text(f"{caption}\na zebra\n")
+    flame.main(["embed", "--out", str(tmp_path / "store"), "--lines", str(tmp_path / "lines")])
+    after = flame.TextStore(tmp_path / "store")
+    assert not after.raw[after.names.index(caption)] and after.raw[after.names.index("a zebra")]
+
+
+def test_an_interrupted_store_with_a_damaged_count_begins_its_chunks_again(tmp_path):
+    """A kill between two writes leaves done.part empty; nothing counts as embedded then."""
+    dataset = data.open_dataset("toy", None, 20)
+    captions, lm = flame.captions_to_embed(dataset, False), flame.WordVectors()
+    about = flame.about_rows(lm, dataset, False)
+    with pytest.raises(KeyboardInterrupt):
+        flame.embed_captions(Counted(stop=1), captions, about, tmp_path, chunk=8)
+    (tmp_path / "done.part").write_bytes(b"")
+    assert flame.embed_captions(lm, captions, about, tmp_path, chunk=8)
+    assert (np.abs(np.linalg.norm(np.load(tmp_path / "embeddings.npy").astype(np.float32), axis=2) - 1) < 1e-2).all()
+
+
 def test_a_store_of_other_data_or_damaged_is_one_sentence(stored, tmp_path):
     store = flame.TextStore(stored)
     assert store.rows_of(data.open_dataset("toy", None, 64), "toy", None).tolist() == [*range(64)]
@@ -619,6 +702,10 @@ def test_eval_tests_a_checkpoint(finished, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLAME_TEXTS", str(next(finished.glob("words-*"))))
         evaluator.load(tmp_path / "moved.pt")
+        other = as_of_another_model(next(finished.glob("words-*")), tmp_path / "other")
+        patch.setenv("FLAME_TEXTS", str(other))
+        with pytest.raises(SystemExit, match="vectors of another language model"):
+            evaluator.load(tmp_path / "moved.pt")
 
 
 def test_texts_of_a_test_are_those_that_eval_encodes():
