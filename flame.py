@@ -488,8 +488,8 @@ class TextStore:
         """Numbers in the store of a data set's samples [n]. SystemExit if the store is of other data."""
         if self.about["data"] == data.fingerprint(dataset):
             return np.arange(len(dataset))
-        if not dataset.replaced:  # a part of the data that were embedded
-            whole = data.open_dataset(spec, None, None, None, root)
+        if not dataset.replaced:  # a part of the data that were embedded, which may be the first `count` pairs
+            whole = data.open_dataset(spec, None, self.about["count"], None, root)
             if self.about["data"] == data.fingerprint(whole) and max(dataset.keep) < len(whole):
                 return np.asarray(dataset.keep)
         raise SystemExit(f"--texts: {self.folder} holds the vectors of other data ({self.about['count']} pairs), not "
