@@ -536,8 +536,8 @@ class TextStore:
         data.open_dataset takes. SystemExit if the store is of other data."""
         if self.about["data"] == data.fingerprint(dataset):
             return np.arange(len(dataset))
-        if not dataset.replaced:  # perhaps it is a part of the data that were embedded
-            whole = data.open_dataset(spec, None, None, None, root)
+        if not dataset.replaced:  # perhaps a part of the data that were embedded, which may be the first `count` pairs
+            whole = data.open_dataset(spec, None, self.about["count"], None, root)
             if self.about["data"] == data.fingerprint(whole) and max(dataset.keep) < len(whole):
                 return np.asarray(dataset.keep)
         raise SystemExit(f"--texts: {self.folder} holds the vectors of other data ({self.about['count']} pairs), not "

@@ -621,14 +621,20 @@ def test_a_store_of_other_data_or_damaged_is_one_sentence(stored, tmp_path):
     assert "holds no embeddings.json" in spoil("none", lambda f: (f / "embeddings.json").unlink())
 
 
-def test_a_part_of_the_embedded_data(tmp_path, monkeypatch):
-    """--limit and --subset of a store of all pairs find their rows; captions that --subset replaces do not."""
+def test_a_part_of_the_embedded_data(tmp_path):
+    """--limit and --subset find their rows in a store of all pairs, or of the first ones; captions that --subset
+    replaces do not."""
     table = pictures(tmp_path, [["red car"], ["dog"], ["blue star"]])
     flame.main(["embed", "--lm", "words", "--data", table, "--out", str(tmp_path / "out")])
     store = flame.TextStore(tmp_path / "out")
     (tmp_path / "keys").write_text("2.jpg\n0.jpg\n")
     assert store.rows_of(data.open_dataset(table, None, None, tmp_path / "keys"), table, None).tolist() == [0, 2]
     assert store.rows_of(data.open_dataset(table, None, 2), table, None).tolist() == [0, 1]
+    flame.main(["embed", "--lm", "words", "--data", table, "--limit", "2", "--out", str(tmp_path / "two")])
+    two = flame.TextStore(tmp_path / "two")
+    assert two.rows_of(data.open_dataset(table, None, 1), table, None).tolist() == [0]
+    with pytest.raises(SystemExit, match="other data"):
+        two.rows_of(data.open_dataset(table, None), table, None)
     (tmp_path / "keys").write_text("2.jpg\tanother caption\n")
     with pytest.raises(SystemExit, match="other data"):
         store.rows_of(data.open_dataset(table, None, None, tmp_path / "keys"), table, None)
