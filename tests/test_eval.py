@@ -2,6 +2,7 @@
 import copy
 import io
 import json
+import os
 import math
 import random
 import tarfile
@@ -613,6 +614,9 @@ def test_folders_that_are_no_classes_are_refused(tmp_path):
     (tmp_path / "test/.hidden").mkdir()
     with pytest.raises(SystemExit, match="hidden"):
         evaluator.open_test(test)
+    (tmp_path / "train/yellow").rename(os.fsdecode(os.fsencode(tmp_path / "train") + b"/gr\xfcn"))
+    with pytest.raises(SystemExit, match="not UTF-8"):
+        evaluator.open_test(train)
 
 
 # several ranks
