@@ -425,9 +425,9 @@ def open_folder(spec, folder, split, classnames):
     if split == "test" and not names and all(re.fullmatch(r"n\d{8}", name) for name in folders):
         raise SystemExit(f"{spec}: its folders have WordNet's numbers, as ImageNet's do, and no names; put a "
                          "classnames.txt beside them, whose line i names the i-th folder")
-    if not names and any(name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") != name for name in folders):
-        raise SystemExit(f"{spec} holds a folder whose name is not UTF-8: rename it, or put a classnames.txt beside the "
-                         "folders, whose line i names the i-th folder")
+    if not names and any("\ud800" <= letter <= "\udfff" for name in folders for letter in name):  # bytes, no UTF-8
+        raise SystemExit(f"{spec} holds a folder whose name is not UTF-8: rename it, or put a classnames.txt beside "
+                         "the folders, whose line i names the i-th folder")
     return Labelled(pictures, names)
 
 
