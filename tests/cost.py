@@ -130,8 +130,8 @@ def make_inputs(folder, pairs, teacher=True, texts=True):
         rows = np.lib.format.open_memmap(folder / "texts/embeddings.npy", "w+", np.float16, (pairs, 11, 5120))
         rows[:] = F.normalize(torch.randn(11, 5120), dim=1).half().numpy()
         about = {"lm": "random rows", "weights": "", "layer": 0, "restart_positions": False,
-                 "caption_rows": [*range(4, 11)], "rewritten": True, "prompts": ["{}"] * 11, "dim": 5120, "count": pairs,
-                 "data": data.fingerprint(data.open_dataset(str(folder / "pairs.jsonl"), None))}
+                 "caption_rows": [*range(4, 11)], "rewritten": True, "prompts": ["{}"] * 11, "dim": 5120,
+                 "count": pairs, "data": data.fingerprint(data.open_dataset(str(folder / "pairs.jsonl"), None))}
         (folder / "texts/embeddings.json").write_text(json.dumps(about))
 
 

@@ -47,6 +47,14 @@ def test_speed(tmp_path, capsys):
     assert "MFU" in lines and "at 77 tokens" in lines and "of its baseline's time" in lines and "Self CPU" in lines
 
 
+@pytest.mark.slow
+def test_cost_makes_the_vectors_that_flame_reads(capsys):
+    rows = {"flame": ("flame --model tiny --augment clip --texts {folder}/texts", "clip --model tiny", 4)}
+    with mock.patch.object(cost, "ROWS", rows):
+        cost.main(["flame", "--batch-size", "4", "--steps", "2", "--rounds", "1"])
+    assert "flame, eager" in capsys.readouterr().out
+
+
 def test_cost_names_a_wrong_row(capsys):
     with pytest.raises(SystemExit):
         cost.main(["declop"])
