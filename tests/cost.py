@@ -3,7 +3,7 @@
     python tests/cost.py                                       on a CPU: batches of 4 pairs, some minutes a row
     python tests/cost.py --batch-size 512 --amp bf16 --compile     on a GPU
     python tests/cost.py declip aclip                          these rows only
-    python tests/cost.py open_clip                             open_clip's step beside clip.py's (--compile: also compiled)
+    python tests/cost.py open_clip [--compile]                 open_clip's own step beside clip.py's
 
 Each script's own `main` trains here on one fixed batch, which is read once, so that no loader is measured. Captions
 are 20 words of one token each, which the loader cuts to 24 tokens. The rate of a run is the median over its log
