@@ -657,7 +657,9 @@ class FLAME(nn.Module):
             nn.Linear(vision_width, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if bias else 1 / .07)))  # the log of s
         self.logit_bias = nn.Parameter(torch.tensor(-10.)) if bias else None
-        self.register_buffer("centre", torch.zeros(rows, dim))  # with --centre: the mean of each row
+        # With --centre, the mean of each row. It is no buffer, because DDP broadcasts buffers before the forward pass and
+        # would wait there for the texts, which travel meanwhile.
+        self.centre = nn.Parameter(torch.zeros(rows, dim), requires_grad=False)
 
     def encode_image(self, images):
         """Normalised pictures [B, 3, S, S] -> features [B, D], not of unit norm. The layer norm acts on each patch,
@@ -883,10 +885,8 @@ def main(argv=None):
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at its buckets
         model.compile()
-    # The one buffer, the means, never changes. A broadcast of it would wait for the texts before the forward pass.
     parallel = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
-        gradient_as_bucket_view=True)
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     # bf16 has the range of fp32. fp16 does not, so it needs a GradScaler, and large ViTs have diverged in it.
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     if rank == 0:

@@ -521,6 +521,11 @@ def test_sampled_rows(stored):
     assert (batch["facets"] != batch["facets"][0]).any()
 
 
+def test_ddp_has_nothing_to_broadcast():
+    """A broadcast before the forward pass would wait for the texts, which travel meanwhile."""
+    assert not [*flame.FLAME(**SMALL).buffers()]
+
+
 def test_centring(stored):
     """Means over the run's rows; centred rows have mean 0 before they are of unit norm; texts of tests lose the mean of
     the raw prompt, captions that of the long one's facets."""
