@@ -657,8 +657,8 @@ class FLAME(nn.Module):
             nn.Linear(vision_width, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if bias else 1 / .07)))  # the log of s
         self.logit_bias = nn.Parameter(torch.tensor(-10.)) if bias else None
-        # With --centre, the mean of each row. It is no buffer, because DDP broadcasts buffers before the forward pass and
-        # would wait there for the texts, which travel meanwhile.
+        # With --centre, the mean of each row. It is no buffer, because DDP broadcasts buffers before the forward pass.
+        # The broadcast would wait for the texts, which travel meanwhile.
         self.centre = nn.Parameter(torch.zeros(rows, dim), requires_grad=False)
 
     def encode_image(self, images):

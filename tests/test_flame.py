@@ -197,7 +197,7 @@ def test_who_learns_and_who_decays():
     decay, free = ({id(p) for p in group["params"]} for group in flame.param_groups(model, .5))
     groups = {name: id(p) in decay for name, p in model.named_parameters() if id(p) in decay | free}
     frozen = {name for name, _ in model.named_parameters()} - {*groups}
-    assert frozen == {"visual.ln_post.weight", "visual.ln_post.bias", "visual.proj"}
+    assert frozen == {"visual.ln_post.weight", "visual.ln_post.bias", "visual.proj", "centre"}
     assert groups["visual.positional_embedding"] and groups["projector.0.weight"] and groups["visual.conv1.weight"]
     vectors = ("visual.class_embedding", "logit_scale", "logit_bias", "projector.3.weight", "projector.0.bias")
     assert not any(groups[name] for name in vectors)
