@@ -728,9 +728,8 @@ def fill_in(args, dataset, world, device):
         raise SystemExit("--lr, --warmup, --weight-decay, --workers and --seed cannot be negative")
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks")
-    sizes = MODELS[args.model]
-    least = sizes["patch_size"] or 32  # a ResNet makes 32 pixels one
-    if (args.image_size or sizes.get("image_size", 224)) < least:
+    least = MODELS[args.model]["patch_size"] or 32  # a ResNet makes 32 pixels one
+    if (vars(args).get("image_size") or least) < least:  # a student has no such flag
         raise SystemExit(f"--image-size {args.image_size} is too small: {args.model} needs at least {least} pixels")
     steps = len(dataset) // args.batch_size
     if args.warmup >= steps * args.epochs:
