@@ -778,8 +778,9 @@ def facet_picture(path, model, preprocess, dataset, store, rows, count=64, show=
         x = F.normalize(x.float(), dim=-1)
         best = torch.einsum("bd,nmd->bmn", x, text.to(x.dtype)).argmax(2).tolist()  # [show, M]
     model.train(training)
-    lines = [[f"{j}{'*' if captions[k] == captions[places.index(place)] else ' '} {captions[k][:60]}"
-              for j, k in enumerate(row)] for row, (place, _) in zip(best, images)]
+    # 21 letters fit into a line
+    lines = [[f"{j}{'*' if captions[k] == captions[places.index(place)] else ' '} {captions[k][:21]}"
+              for j, k in enumerate(row, 1)] for row, (place, _) in zip(best, images)]
     data.grid([image for _, image in images], ["\n".join(line) for line in lines], path)
 
 
