@@ -314,10 +314,12 @@ def read_about(path):
     """The dict in a file embeddings.json, or in embeddings.part.json. SystemExit if it is damaged."""
     try:
         about = json.loads(path.read_text())
-        assert {"lm", "weights", "layer", "restart_positions", "dim", "prompts", "caption_rows", "count"} <= {*about}
-        return about
-    except (ValueError, TypeError, AssertionError):
-        raise SystemExit(f"{path} is damaged: delete its folder and embed the captions again") from None
+    except ValueError:
+        about = None
+    keys = {"lm", "weights", "layer", "restart_positions", "dim", "prompts", "caption_rows", "count"}
+    if not isinstance(about, dict) or not keys <= {*about}:
+        raise SystemExit(f"{path} is damaged: delete its folder and embed the captions again")
+    return about
 
 
 def identity(about):

@@ -29,7 +29,7 @@ that leave 75, 50 and 25 % of a ViT-B-32 with 65.6 % reach 63.9, 61.4 and 53.7 %
 times faster (paper). A step of ViT-39M-16 costs 1.3 times as much with ViT-B-32 as teacher, 1.7 with ViT-B-16.
 
 How to run.
-    python clip.py --limit 24576 --epochs 4 --out runs/teacher-toy      the toy's teacher (8 minutes)
+    python clip.py --limit 24576 --epochs 4 --out runs/teacher-toy      the toy's teacher (7 minutes)
     python tinyclip.py                                    half its size
     torchrun --nproc_per_node=8 tinyclip.py --data yfcc15m --teacher ViT-B-16.pt --teacher-quick-gelu
     python tinyclip.py --auto .5 --out runs/half          gates; next stage: --auto .75 --init runs/half/last.pt
