@@ -8,13 +8,13 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
 import aclip
 import data
 import eval as evaluator
+from ranks import spawn
 from test_clip import SMALL, captions, slow_clip_loss, unit
 
 TINY = SMALL | dict(patch_size=4, ssl_mlp_dim=24)  # 8x8 patches
@@ -437,7 +437,7 @@ def on_ranks(rank, world, port, path):
 
 @pytest.mark.slow
 def test_ranks_equal_one_process(tmp_path):
-    mp.spawn(on_ranks, (2, 29500 + os.getpid() % 2000 + 7, tmp_path / "found"), 2)
+    spawn(on_ranks, (2, 29500 + os.getpid() % 2000 + 7, tmp_path / "found"), 2)
     losses, worst = torch.load(tmp_path / "found")
     assert losses.abs().max() < 1e-10 and max(worst.values()) < 1e-10 and len(worst) > 50
 

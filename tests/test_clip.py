@@ -11,13 +11,13 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
 import clip
 import eval as evaluator
 from conftest import ROOT
+from ranks import spawn
 
 SMALL = dict(embed_dim=32, image_size=32, patch_size=16, vision_width=64, vision_layers=2, context=12, vocab=40,
              text_width=64, text_layers=2)
@@ -147,7 +147,7 @@ def on_ranks(rank, world, port, path):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", (2, 4))
 def test_ranks_equal_one_process(world, tmp_path):
-    mp.spawn(on_ranks, (world, 29500 + os.getpid() % 2000 + world, tmp_path / "found"), world)
+    spawn(on_ranks, (world, 29500 + os.getpid() % 2000 + world, tmp_path / "found"), world)
     found = torch.load(tmp_path / "found")
     assert max(found["exact"]) < 1e-10
     assert found["no gradient"][0] < 1e-10 and found["no gradient"][1] > 1e-4  # same loss, another gradient

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
@@ -19,6 +18,7 @@ import clip
 import data
 import declip
 import eval as evaluator
+from ranks import spawn
 from test_clip import RESNET, SMALL, captions, losses, slow_clip_loss, unit
 
 VOCAB, MASK = 41, 40  # captions() makes words below 38, start 38, end 39
@@ -465,7 +465,7 @@ def on_ranks(rank, world, port, path):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path):
-    mp.spawn(on_ranks, (2, 31500 + os.getpid() % 2000, tmp_path / "found"), 2)
+    spawn(on_ranks, (2, 31500 + os.getpid() % 2000, tmp_path / "found"), 2)
     found = torch.load(tmp_path / "found")
     assert max(found[0.]) < 1e-10
     assert found[.2][0] > 1e-6 and found[.2][1] > 1e-6  # batch norm is local

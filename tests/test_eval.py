@@ -18,6 +18,7 @@ from torch import nn
 
 import data
 import eval as evaluator
+from ranks import spawn
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "dark_blue": (20, 20, 160)}
 NAMES = ["dark blue", "green", "red"]  # as ImageFolder sorts them
@@ -652,7 +653,7 @@ def test_ranks_together_equal_one_process(tmp_path):
     x, index = evaluator.encode_images(model, evaluator.open_test(folder), PREPROCESS, batch_size=3)
     assert index.tolist() == list(range(1, 23))
     one = model.encode_image(PREPROCESS(picture(0))[None]).detach()
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), 3)
+    spawn(rank_main, (str(tmp_path),), 3)
     for world in (3, 2):
         for rank in range(world):
             results, x_rank, index_rank, one_rank, where = torch.load(tmp_path / f"result-{world}-{rank}.pt")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
@@ -19,6 +18,7 @@ import clip
 import data
 import eval as evaluator
 import flame
+from ranks import spawn
 from test_clip import losses, unit, weights
 
 BORROW = {
@@ -160,7 +160,7 @@ def on_ranks(rank, world, port, path):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", (2,))
 def test_ranks_equal_one_process(world, tmp_path):
-    mp.spawn(on_ranks, (world, 29500 + os.getpid() % 2000 + 11, tmp_path / "found"), world)
+    spawn(on_ranks, (world, 29500 + os.getpid() % 2000 + 11, tmp_path / "found"), world)
     worst = torch.load(tmp_path / "found")
     assert worst.max() < 1e-10 and len(worst) > 60
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
@@ -20,6 +19,7 @@ import clip
 import data
 import eval as evaluator
 import protoclip
+from ranks import spawn
 from test_clip import RESNET, SMALL, captions, unit
 
 HEADS = dict(proj_hidden=16, proj_dim=8)
@@ -363,7 +363,7 @@ def on_ranks(rank, port, path):
 def ranks(tmp_path_factory):
     """The folder in which three processes have left what they found."""
     path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(on_ranks, (29500 + os.getpid() % 2000, path), 3)
+    spawn(on_ranks, (29500 + os.getpid() % 2000, path), 3)
     return path
 
 

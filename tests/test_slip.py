@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import clip
 import data
 import eval as evaluator
 import slip
+from ranks import spawn
 from test_aclip import slow_heads, slow_ntxent
 from test_clip import SMALL, captions, losses, slow_clip_loss, weights
 
@@ -103,7 +103,7 @@ def on_ranks(rank, world, port, path):
 
 @pytest.mark.slow
 def test_ranks_equal_one_process(tmp_path):
-    mp.spawn(on_ranks, (2, 29500 + os.getpid() % 2000 + 9, tmp_path / "found"), 2)
+    spawn(on_ranks, (2, 29500 + os.getpid() % 2000 + 9, tmp_path / "found"), 2)
     difference, worst = torch.load(tmp_path / "found")
     assert difference.abs().max() < 1e-10 and max(worst.values()) < 1e-10 and len(worst) > 40
 

@@ -8,7 +8,6 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import clip
 import eval as evaluator
 import tinyclip
+from ranks import spawn
 from test_clip import SMALL, captions, losses, unit, weights
 from tinyclip import Gates, TinyCLIP, affinity_loss, build, inherit, prune
 
@@ -506,7 +506,7 @@ def on_ranks(rank, world, port, path):
 
 @pytest.mark.slow
 def test_ranks_equal_one_process(tmp_path):
-    mp.spawn(on_ranks, (2, 29500 + os.getpid() % 2000, tmp_path / "found"), 2)
+    spawn(on_ranks, (2, 29500 + os.getpid() % 2000, tmp_path / "found"), 2)
     found = torch.load(tmp_path / "found")
     assert max(found["dense"]) < 1e-10 and max(found["gated"]) < 1e-10, found
 
