@@ -617,20 +617,47 @@ def aclip_views(image, caption, rng, tokenizer, size, augment, views, ema_size, 
     return sample
 
 
+def masks_of(samples, ema, preprocess):
+    """What the EMA tower says about B training samples: the attention [B, P] of its class token to the patches of the
+    wide crops; the patches that attentive masks keep in both views, int64 [2B, k], view 1 first; and the number of
+    patches along a side of a view."""
+    wide, boxes = (torch.stack([sample[name] for sample in samples]).to(ema.logit_scale.device)
+                   for name in ("ema_images", "boxes"))
+    with torch.no_grad():
+        score = ema.visual.attend(preprocess.normalize(wide))[1]
+    grid = math.isqrt(len(ema.visual.positional_embedding) - 1)
+    return score.cpu(), attentive_keep(score, boxes, grid).cpu(), grid
+
+
+def object_kept(ema, preprocess, dataset, count=512):
+    """How much of the object attentive masks keep, on drawn scenes, where the object's place is known.
+
+    Returns two shares, from 0 to 1, over both views of some training samples (count of them): the share of the main
+    object that lies in patches which the masks keep, and the share of all patches that they keep. Masks that know
+    nothing of the object have equal shares. The object is taken to be a disc.
+    """
+    samples = [dataset[i, 0] for i in range(min(count, len(dataset)))]
+    keep, grid = masks_of(samples, ema, preprocess)[1:]
+    scenes = [dataset.scene(dataset.keep[int(sample["index"])]) for sample in samples]
+    disc = data.TOY["side"] * torch.tensor([[scene[name] for scene in scenes * 2] for name in ("y", "x", "radius")])
+    y, x, radius = disc[:, :, None, None]  # [2B, 1, 1] each, in pixels of the picture
+    boxes = torch.cat([torch.stack([sample["boxes"][view] for sample in samples]) for view in (0, 1)])  # [2B, 4]
+    places = (torch.arange(8 * grid) + .5) / (8 * grid)  # 8 x 8 points a patch
+    at_y, at_x = (boxes[:, :2, None] + boxes[:, 2:, None] * places).unbind(1)  # [2B, 8g] each
+    inside = (at_y[:, :, None] - y) ** 2 + (at_x[:, None] - x) ** 2 < radius ** 2  # [2B, 8g, 8g]
+    covered = F.avg_pool2d(inside.float(), 8).flatten(1)  # [2B, P]
+    return (covered.gather(1, keep).sum() / covered.sum()).item(), keep.shape[1] / grid ** 2
+
+
 def masks_picture(path, ema, preprocess, dataset, show=8):
     """Writes a picture with a row for each of some training samples: the wide crop that the EMA tower sees, the same
     crop with grey where its class token looks little, and the views with grey in place of the patches that attentive
     masks drop."""
     samples = [dataset[i, 0] for i in range(0, len(dataset), max(1, len(dataset) // show))][:show]
-    wide, boxes = (torch.stack([sample[name] for sample in samples]).to(ema.logit_scale.device)
-                   for name in ("ema_images", "boxes"))
-    with torch.no_grad():
-        score = ema.visual.attend(preprocess.normalize(wide))[1]  # [B, P]
-    grid = math.isqrt(len(ema.visual.positional_embedding) - 1)
-    keep = attentive_keep(score, boxes, grid).cpu()  # [2B, k]
+    score, keep, grid = masks_of(samples, ema, preprocess)
     kept = torch.zeros(len(keep), grid ** 2).scatter_(1, keep, 1).view(2, -1, grid, grid)
     low, high = score.aminmax(dim=1, keepdim=True)
-    light = ((score - low) / (high - low).clamp(min=1e-12)).cpu().unflatten(1, (math.isqrt(score.shape[1]), -1))
+    light = ((score - low) / (high - low).clamp(min=1e-12)).unflatten(1, (math.isqrt(score.shape[1]), -1))
 
     def shade(image, light):  # light [g, g]: 1 leaves the picture as it is, 0 makes it grey
         return (128 + (image - 128.) * F.interpolate(light[None, None], image.shape[1:])[0]).byte()
@@ -829,6 +856,10 @@ def main(argv=None):
             meter.clear(step)  # the time of the tests does not count
     bar.close()
     if rank == 0:
+        if isinstance(dataset, data.ToyDataset):
+            kept, patches = object_kept(ema, preprocess, dataset)
+            print(f"attentive masks by the EMA tower keep {kept:.0%} of the object and {patches:.0%} of the patches")
+            write_log(args.out, step=step, object_kept=kept)
         print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
     if world > 1:
         dist.destroy_process_group()

@@ -457,12 +457,14 @@ def test_parameters_of_the_paper():
             aclip.build(name, aclip.ACLIP)
 
 
+def sample_of(image, caption, rng, **changes):
+    options = dict(tokenizer=data.Tokenizer([("a", "b")]), size=32, augment="aclip", views=2, ema_size=16,
+                   random_patches=0)
+    return aclip.aclip_views(image, caption, rng, **options | changes)
+
+
 def sample(**changes):
-    options = (
-        dict(tokenizer=data.Tokenizer([("a", "b")]), size=32, augment="aclip", views=2, ema_size=16, random_patches=0)
-        | changes
-    )
-    return aclip.aclip_views(data.ToyDataset(3, None).image(0), "a b", random.Random(1), **options)
+    return sample_of(data.ToyDataset(3, None).image(0), "a b", random.Random(1), **changes)
 
 
 def test_views_of_a_sample():
@@ -488,6 +490,38 @@ def test_views_of_a_sample():
     whole = data.decode(data.ToyDataset(3, None).image(0))
     for box, image in zip(two["boxes"].tolist(), two["images"]):
         assert torch.equal(image, data.resize_crop(whole, box, 32))
+
+
+class Knows:
+    """An EMA tower whose attention depends on where the object is: to its centre, away from it, or to nothing."""
+
+    def __init__(self, sign, scenes, boxes):
+        self.visual, self.logit_scale = self, torch.zeros(())
+        self.positional_embedding = torch.zeros(65, 1)
+        self.sign, self.scenes, self.boxes = sign, scenes, boxes
+
+    def attend(self, images):
+        score = torch.zeros(len(images), 8, 8)
+        for b in range(len(images)):
+            scene, (top, left, height, width) = self.scenes[b], self.boxes[b][2].tolist()
+            for i in range(8):
+                for j in range(8):
+                    y, x = top + height * (i + .5) / 8, left + width * (j + .5) / 8
+                    score[b, i, j] = -self.sign * math.dist((y, x), (40 * scene["y"], 40 * scene["x"]))
+        if not self.sign:
+            score = torch.rand(score.shape, generator=torch.Generator().manual_seed(0))
+        return None, score.flatten(1)
+
+
+def test_object_kept():
+    """Of masks that know where the object is all of it, of those that shun it little, of others their own share."""
+    dataset = data.ToyDataset(200, None, variant="toy-busy")
+    dataset.transform = lambda image, caption, rng: sample_of(image, caption, rng, augment="clip")
+    scenes, boxes = [dataset.scene(i) for i in range(200)], [dataset[i, 0]["boxes"] for i in range(200)]
+    shares = [aclip.object_kept(Knows(sign, scenes, boxes), data.Preprocess(32), dataset) for sign in (1, -1, 0)]
+    assert {patches for _, patches in shares} == {36 / 64}
+    toward, away, blind = (share for share, _ in shares)
+    assert toward > .99 and away < .1 and blind == pytest.approx(36 / 64, abs=.03)
 
 
 # runs
@@ -535,6 +569,8 @@ def test_run_leaves_what_it_promises(finished):
     assert all(r["loss"] == pytest.approx(r["clip"] + r["ntxent"] + 2 * r["byol"], abs=1e-4) for r in rows(finished))
     results = rows(finished, "eval")[-1]["eval"]
     assert set(results) == {"toy", "toy by EMA"}
+    kept, = (row["object_kept"] for row in rows(finished, "object_kept"))
+    assert 0 < kept < 1
     best = aclip.load_checkpoint(finished / "best.pt")["best"]
     assert best == state["best"] == results["toy"]["top1"]  # of the trained model
     model, tokenizer, preprocess = evaluator.load(finished / "last.pt")

@@ -86,6 +86,9 @@ def test_report(tmp_path, monkeypatch, capsys):
         score = .2 + .01 * job.seed + (.1 if job.name.startswith(("declip", "tiny", "attentive")) else 0)
         score += .02 * math.log2(int(job.name[5:]) / 512) if re.fullmatch(r"clip-\d+", job.name) else 0
         a_log(job.out, [(score / 2, .1), (score, .2)])
+        if job.name == "attentive":
+            with open(job.out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": 20, "object_kept": .6 + .1 * job.seed}) + "\n")
         (job.out / "done").write_text(" ".join(job.words))
     monkeypatch.setattr(claims, "ask", None)
     claims.main(["--seeds", "2", "--out", str(tmp_path)])
@@ -94,6 +97,8 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert ("| 1,024 | 22.5 ± 0.7 | 22.5 ± 0.7 | 45.0 ± 1.4 | 30.5 ± 0.7 | 30.5 ± 0.7 | 61.0 ± 1.4 | "
             "16.0 | 16.0 | 16.0 | 16.0; 16.0 |") in text
     assert "declip-1024: its worst seed against the best of clip-1024: last 30.0 against 23.0 (above)" in text
+    assert text.count("object kept") == 2 and text.count(" | 65.0 ± 7.1 | ") == 2  # against CLIP and against SLIP
+    assert "| probe |" not in text
     assert len(ElementTree.parse(tmp_path / "claims.svg").getroot()) == len(claims.CLAIMS)
 
 
