@@ -617,36 +617,35 @@ def aclip_views(image, caption, rng, tokenizer, size, augment, views, ema_size, 
     return sample
 
 
-def masks_of(samples, ema, preprocess):
+def look(ema, preprocess, samples):
     """What the EMA tower says about B training samples: the attention [B, P] of its class token to the patches of the
-    wide crops; the patches that attentive masks keep in both views, int64 [2B, k], view 1 first; and the number of
-    patches along a side of a view."""
-    wide, boxes = (torch.stack([sample[name] for sample in samples]).to(ema.logit_scale.device)
-                   for name in ("ema_images", "boxes"))
+    wide crops, the samples' boxes [B, 3, 4], and the number of patches along a side of a view."""
+    wide, boxes = (torch.stack([sample[name] for sample in samples]) for name in ("ema_images", "boxes"))
     with torch.no_grad():
-        score = ema.visual.attend(preprocess.normalize(wide))[1]
-    grid = math.isqrt(len(ema.visual.positional_embedding) - 1)
-    return score.cpu(), attentive_keep(score, boxes, grid).cpu(), grid
+        score = ema.visual.attend(preprocess.normalize(wide.to(ema.logit_scale.device)))[1].cpu()
+    return score, boxes, math.isqrt(len(ema.visual.positional_embedding) - 1)
 
 
 def object_kept(ema, preprocess, dataset, count=512):
     """How much of the object attentive masks keep, on drawn scenes, where the object's place is known.
 
     Returns two shares, from 0 to 1, over both views of some training samples (count of them): the share of the main
-    object that lies in patches which the masks keep, and the share of all patches that they keep. Masks that know
-    nothing of the object have equal shares. The object is taken to be a disc.
+    object, taken as a disc, that lies in the patches kept; and the same if each sample has the attention of another
+    one. Masks that do not look at the picture have equal shares, also if they like the middle.
     """
-    samples = [dataset[i, 0] for i in range(min(count, len(dataset)))]
-    keep, grid = masks_of(samples, ema, preprocess)[1:]
+    samples = [dataset[i, i] for i in range(min(count, len(dataset)))]  # i also seeds the crops
+    score, boxes, grid = look(ema, preprocess, samples)
     scenes = [dataset.scene(dataset.keep[int(sample["index"])]) for sample in samples]
-    disc = data.TOY["side"] * torch.tensor([[scene[name] for scene in scenes * 2] for name in ("y", "x", "radius")])
-    y, x, radius = disc[:, :, None, None]  # [2B, 1, 1] each, in pixels of the picture
-    boxes = torch.cat([torch.stack([sample["boxes"][view] for sample in samples]) for view in (0, 1)])  # [2B, 4]
-    places = (torch.arange(8 * grid) + .5) / (8 * grid)  # 8 x 8 points a patch
-    at_y, at_x = (boxes[:, :2, None] + boxes[:, 2:, None] * places).unbind(1)  # [2B, 8g] each
+    side = data.decode(dataset.image(0), (2 * preprocess.size, 2 * preprocess.size)).width  # as the boxes count it
+    disc = side * torch.tensor([[scene[name] for scene in scenes] for name in ("y", "x", "radius")])  # [3, B]
+    y, x, radius = disc.repeat(1, 2)[:, :, None, None]  # [2B, 1, 1] each, view 1 first
+    points = (torch.arange(8 * grid) + .5) / (8 * grid)  # 8 a patch
+    views = boxes[:, :2].transpose(0, 1).flatten(0, 1)  # [2B, 4]
+    at_y, at_x = (views[:, :2, None] + views[:, 2:, None] * points).unbind(1)  # [2B, 8g] each, in the picture
     inside = (at_y[:, :, None] - y) ** 2 + (at_x[:, None] - x) ** 2 < radius ** 2  # [2B, 8g, 8g]
     covered = F.avg_pool2d(inside.float(), 8).flatten(1)  # [2B, P]
-    return (covered.gather(1, keep).sum() / covered.sum()).item(), keep.shape[1] / grid ** 2
+    masks = (attentive_keep(s, boxes, grid) for s in (score, score.roll(1, 0)))
+    return tuple((covered.gather(1, keep).sum() / covered.sum()).item() for keep in masks)
 
 
 def masks_picture(path, ema, preprocess, dataset, show=8):
@@ -654,7 +653,8 @@ def masks_picture(path, ema, preprocess, dataset, show=8):
     crop with grey where its class token looks little, and the views with grey in place of the patches that attentive
     masks drop."""
     samples = [dataset[i, 0] for i in range(0, len(dataset), max(1, len(dataset) // show))][:show]
-    score, keep, grid = masks_of(samples, ema, preprocess)
+    score, boxes, grid = look(ema, preprocess, samples)
+    keep = attentive_keep(score, boxes, grid)  # [2B, k]
     kept = torch.zeros(len(keep), grid ** 2).scatter_(1, keep, 1).view(2, -1, grid, grid)
     low, high = score.aminmax(dim=1, keepdim=True)
     light = ((score - low) / (high - low).clamp(min=1e-12)).unflatten(1, (math.isqrt(score.shape[1]), -1))
@@ -857,9 +857,9 @@ def main(argv=None):
     bar.close()
     if rank == 0:
         if isinstance(dataset, data.ToyDataset):
-            kept, patches = object_kept(ema, preprocess, dataset)
-            print(f"attentive masks by the EMA tower keep {kept:.0%} of the object and {patches:.0%} of the patches")
-            write_log(args.out, step=step, object_kept=kept)
+            kept, chance = object_kept(ema, preprocess, dataset)
+            print(f"attentive masks keep {kept:.0%} of the object, and by another picture's attention {chance:.0%}")
+            write_log(args.out, step=step, object_kept=kept, object_kept_by_chance=chance)
         print(f"finished {total} steps; {args.out} holds {', '.join(sorted(os.listdir(args.out)))}")
     if world > 1:
         dist.destroy_process_group()

@@ -13,8 +13,8 @@ Four scores of a run are reported, all on pictures that no choice was made by. "
 the first row of the table takes, read between tests along a straight line; the seconds are the log's own, without those
 of tests. "Recall at 5" is how often, after the last step, a picture's own caption is among the five that the model
 ranks highest; another seed moves it less. The probe, where there is one, is trained and tested on other pictures of the
-kinds that training names. "Object kept" is how much of the object A-CLIP's masks keep at the end of a run; its masks
-keep 56 % of the patches. Where a run has other masks, these are the masks that it would have had.
+kinds that training names. "Object kept" is how much of the object A-CLIP's masks keep at the end of a run, and by
+another picture's attention. Where a run has other masks, it is what these masks would keep.
 """
 import argparse
 import json
@@ -125,15 +125,15 @@ CLAIMS = [
 @dataclass
 class Run:
     """n tests of one run, in order: steps [n], seconds [n] of training before each, score and tune [n] in per cent.
-    recall: at 5, captions of pictures, of the last test, in per cent. probe: accuracy in per cent. kept: share of the
-    object that A-CLIP's masks keep, in per cent."""
+    recall: at 5, captions of pictures, of the last test, in per cent. probe: accuracy in per cent. kept: shares of
+    the object in A-CLIP's masks, by the picture's own attention and by another's, in per cent."""
     steps: list
     seconds: list
     score: list
     tune: list
     recall: float | None = None
     probe: float | None = None
-    kept: float | None = None
+    kept: list | None = None
 
     def last(self):
         return self.score[-1]
@@ -203,7 +203,7 @@ def read_run(folder, metric):
             run.recall = 100 * [*row["eval"].values()][1]["i2t@5"]
             run.tune.append(tune)
         elif "object_kept" in row:
-            run.kept = 100 * row["object_kept"]
+            run.kept = [100 * row["object_kept"], 100 * row["object_kept_by_chance"]]
     if (folder / "probe.json").exists():
         result, = json.loads((folder / "probe.json").read_text()).values()
         run.probe = 100 * result["probe"]
@@ -302,10 +302,10 @@ def tables(found, rows, pairs_of):
         if title == "DeCLIP":
             yield from declip_table(found, pairs_of)
             yield ""
-        parts = {"probe": "probe", "object kept": "kept"}  # only where a row has it
-        parts = {title: part for title, part in parts.items()
-                 if any(getattr(run, part) is not None for name in names for run in found[name])}
-        titles = ["", "command", "seeds", "last", "best", "equal time", "recall at 5", *parts, "pairs/s"]
+        extra = {"probe": lambda run: [run.probe], "object kept": lambda run: run.kept or [None]}
+        extra = {title: part for title, part in extra.items()  # only where a row has it
+                 if any(None not in part(run) for name in names for run in found[name])}
+        titles = ["", "command", "seeds", "last", "best", "equal time", "recall at 5", *extra, "pairs/s"]
         yield "| " + " | ".join(titles) + " |"
         yield "|" + "---|" * len(titles)
         for name in names:
@@ -314,9 +314,9 @@ def tables(found, rows, pairs_of):
             cells = [name, f"`{commands[name]}`", str(len(runs)), with_spread([run.last() for run in runs]),
                      with_spread([run.best() for run in runs]), with_spread([run.after(seconds) for run in runs]),
                      with_spread([run.recall for run in runs])]
-            for part in parts.values():
-                values = [getattr(run, part) for run in runs if getattr(run, part) is not None]
-                cells.append(with_spread(values) if values else "")
+            for part in extra.values():
+                values = [part(run) for run in runs if None not in part(run)]
+                cells.append("; ".join(map(with_spread, zip(*values))))
             cells.append(f"{speed:.0f}")
             yield "| " + " | ".join(cells) + " |"
         yield ""
