@@ -60,9 +60,11 @@ def singular_values(x):
 
     They are the roots of the eigenvalues of the smaller Gram matrix. Values and gradient equal those of
     torch.linalg.svdvals, which takes longer. What is 0 up to rounding becomes exactly 0 and gets no gradient. Float64,
-    because a root turns a rounding error of 1e-7 into 3e-4.
+    because a root turns a rounding error of 1e-7 into 3e-4. If an entry of x is not finite, all are NaN.
     """
     x = x.double()
+    if not x.isfinite().all():
+        return x.new_full((min(x.shape),), math.nan)
     squares = torch.linalg.eigvalsh(x @ x.T if len(x) < x.shape[1] else x.T @ x)
     positive = squares > len(squares) * torch.finfo(x.dtype).eps * squares[-1]
     return squares.where(positive, 1).sqrt().where(positive, 0)  # the slope of a root at 0 is infinite
@@ -71,34 +73,37 @@ def singular_values(x):
 def regularisers(f, z, k=5):
     """The terms mse, cov and top of the loss, not weighted: scalars in at least fp32. A loss subtracts top.
 
-    f [2B, D]: frozen features, which get no gradient. z [2B, D]: transformed features. Both have first the B rows of
-    the first view, which the released code calls weak, then those of the second, strong. k: how many values top
+    f [2B, D]: frozen features, which get no gradient. z [2B, D]: transformed features. In both, the first B rows are
+    the first view, which the released code calls weak, and the last B the second, strong. k: how many values top
     averages. All is scaled as in the released code. In the paper, as others describe it, mse is the squared norm of the
-    difference between z and f of the same view, so D times as large, and top is p_1.
+    difference between z and f of the same view, so D times as large, and top is p_1. ValueError for other shapes or k.
     """
+    if z.shape != f.shape or len(z) % 2 or not len(z) or k < 1:
+        raise ValueError(f"f {[*f.shape]} and z {[*z.shape]} must be [2B, D], and k = {k} at least 1")
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         weak, strong = f.detach().to(z.dtype).chunk(2)[0], z.chunk(2)[1]  # [B, D] each
         mse = (F.normalize(strong, dim=1) - F.normalize(weak, dim=1)).square().mean()
         n, D = z.shape
-        centred = z - z.mean(0)
+        centred = (z - z.mean(0)).double()  # float64, because cov is a small difference of large sums
         # (n - 1) times the covariance matrix [D, D], or the smaller Gram matrix [n, n]: their squares have the same sum
         gram = centred @ centred.T if n < D else centred.T @ centred
-        cov = (gram.square().sum() / (n - 1) ** 2 - centred.var(0).square().sum()) / D
+        cov = (gram.square().sum() / (n - 1) ** 2 - centred.var(0).square().sum()).clamp(min=0) / D
         s = singular_values(z)  # of z as it is: the first direction is mostly the mean, which cov does not see
         top = s[-k:].mean() / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
-    return mse, cov, top.to(z.dtype)
+    return mse, cov.to(z.dtype), top.to(z.dtype)
 
 
 def spectrum(x):
-    """Features x [n, D], raw and not centred -> sve, lsvr: scalars in float64; 0 <= lsvr <= sve <= log min(n, D).
+    """Features x [n, D], raw and not centred -> sve, lsvr: scalars in float64; 0 <= lsvr <= sve <= log min(n, D). Both
+    are NaN if all features are 0.
 
     The released code computes neither. Its script that draws spectra scales rows to unit norm and subtracts from each
     row the mean of its own entries. That would change both numbers.
     """
     s = singular_values(x)
-    p = s / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
-    return -torch.xlogy(p, p).sum(), -p[-1].log()
+    p = s / s.sum()
+    return torch.xlogy(p, 1 / p).sum(), (1 / p[-1]).log()
 
 
 # the model and its training
@@ -185,11 +190,11 @@ class Crops:
         return Image.fromarray(crop.permute(1, 2, 0).numpy())
 
 
-def open_set(text, split, root, limit):
-    """Opens a set of eval.py, or SET@PATTERN -> data set, places of the pictures chosen, and a str in which sets of
-    other pictures differ. SystemExit if no picture is chosen."""
+def open_set(text, split, root, limit, classnames):
+    """Opens a set of eval.py, or SET@PATTERN -> data set, places of the pictures chosen, and a str that differs between
+    sets with different pictures. SystemExit if no picture is chosen."""
     spec, _, pattern = (text, "", "") if os.path.exists(text) else text.partition("@")
-    dataset = evaluator.open_test(spec, split, root)
+    dataset = evaluator.open_test(spec, split, root, classnames=classnames)
     files = [path for path, _ in getattr(getattr(dataset, "pictures", None), "samples", ())]  # if it is a folder
     places = range(len(dataset))
     if pattern:
@@ -200,11 +205,14 @@ def open_set(text, split, root, limit):
         except re.error as error:
             raise SystemExit(f"{text}: what follows the @ is no regular expression ({error})") from None
         if not places:
-            raise SystemExit(f"{text}: the pattern is in no key; one is {files[0] if files else dataset.key(0)}")
-    # The str is the path of the index of tars or tables, which is named by their content, or else names, sizes and
-    # times of the files, or else the set's name.
+            key = files[0] if files else dataset.key(0)
+            raise SystemExit(f"{text}: no key matches the pattern; a key is, for example, {key}")
+    places = places[::max(1, len(places) // limit)][:limit] if limit else places  # folders have class after class
+    class_of(dataset, torch.tensor(places), text)  # a missing class is said before anything is encoded
+    # The str holds, for tars, the path of their index; for folders, names, sizes and times of the files; else the name.
     state = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
-    return dataset, list(places[:limit]), str(getattr(dataset, "index", state or [spec, split, root]))
+    named = [spec, split, root or os.environ.get("CLIP_DATA"), data.TOYS.get(getattr(dataset, "source", [""])[0])]
+    return dataset, list(places), str(getattr(dataset, "index", state or named))
 
 
 def features(model, preprocess, dataset, places, views, path, workers):
@@ -239,21 +247,34 @@ def class_of(dataset, places, text):
 
 def swap(captions, share, seed):
     """captions {key: list of str} -> the same dict, but with wrong captions for round(share * n) of the n keys. These
-    are chosen at random, and each gets the captions of another one of them, which differ from its own. SystemExit if
-    that is not possible.
+    are chosen at random, and each gets the captions of another one of them, none of which is one of its own. SystemExit
+    if that is not possible.
 
     The released code (open_clip/shuffle_data.py) exchanges the captions of two random pairs int(share * n) times. A
     pair may be drawn again, and captions may be equal, so about 1 - exp(-2 share) of the pairs change: 18 % for .1.
     """
     chosen = random.Random(seed).sample(list(captions), round(share * len(captions)))
-    equal = {}  # {caption as the tokenizer reads it: keys}
+    if share and len(chosen) < 2:
+        raise SystemExit(f"--swap {share}: that is {len(chosen)} of {len(captions)} pairs, and a swap takes two")
+    above = {}  # {caption as the tokenizer reads it: another caption of the same pair or group, itself at the top}
+
+    def top(caption):
+        while above.setdefault(caption, caption) != caption:
+            above[caption] = caption = above[above[caption]]
+        return caption
+
+    for key in chosen:  # pairs that share a caption, directly or through others, become one group
+        first, *others = map(data.clean, captions[key])
+        for other in others:
+            above[top(other)] = top(first)
+    groups = {}
     for key in chosen:
-        equal.setdefault(data.clean("\n".join(captions[key])), []).append(key)
-    step = max(map(len, equal.values()), default=0)
+        groups.setdefault(top(data.clean(captions[key][0])), []).append(key)
+    step = max(map(len, groups.values()), default=0)
     if 2 * step > len(chosen):
-        raise SystemExit(f"--swap {share}: {step} of {len(chosen)} pairs have the same caption, so some keep theirs")
-    # Keys of equal captions stand side by side, at most `step` of them. So what stands `step` places further differs.
-    order = [key for keys in equal.values() for key in keys]
+        raise SystemExit(f"--swap {share}: {step} of {len(chosen)} pairs share captions, so some would keep theirs")
+    # The keys of a group stand side by side, at most `step` of them. So what stands `step` places further differs.
+    order = [key for keys in groups.values() for key in keys]
     return captions | {key: captions[donor] for key, donor in zip(order, order[step:] + order[:step])}
 
 
@@ -267,45 +288,14 @@ def write_noise(args):
     sys.stdout.writelines(data.subset_lines((key, text) for key, texts in swapped.items() for text in texts))
 
 
-# weights, flags, the table
+# weights, the table
 
 WEIGHTS = {  # of mse, cov and top; then k, the number of singular values in top
     "released": (1., .04, .001, 5),  # README's command; top is at most 1/5, so it changes the loss by .0002 at most
     # One lambda for all terms, as a review quotes it. The paper's own text was not at hand, so the terms are as others
-    # tell them. main multiplies mse by D, see regularisers.
+    # tell them. main multiplies mse by D, see regularisers. mse compares two views also here.
     "paper": (.01, .01, .01, 1),
 }
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("checkpoint", nargs="?", help="last.pt or best.pt of a run, or a file of OpenAI's or open_clip's")
-    add("--train", metavar="SET", default="toy-seen", help="training set of the classifiers (default: %(default)s)")
-    add("--test", metavar="SET", help="test set of the same domain (default: the test split of --train)")
-    add("--ood", metavar="SETS", help="comma list of test sets of other domains, without commas in patterns")
-    add("--views", type=int, default=4, help="random crops of each training picture")
-    add("--paper", action="store_true", help="the paper's weights of the regularisers in place of the released code's")
-    add("--epochs", type=int, default=30, help="of the classifiers")
-    add("--limit", type=int, help="only the first N pictures of a set; with --swap the first N pairs")
-    add("--out", default="runs/nmtune", help="folder for the features (default: %(default)s)")
-    add("--json", metavar="FILE", help="write all results")
-    add("--workers", type=int, default=min(8, data.cores()), help="processes that read pictures")
-    add("--seed", type=int, default=0)
-    add("--swap", type=float, metavar="SHARE", help="print a --subset file of --data in which this share has wrong "
-        "captions, and do nothing else")
-    add("--data", default="toy", help="for --swap: what clip.py's --data takes")
-    add("--data-root", metavar="DIR", help="torchvision's files, cc3m (default $CLIP_DATA or ./datasets)")
-    args = parser.parse_args(argv)
-    if args.swap is None and not args.checkpoint:
-        parser.error("give a checkpoint, or --swap")
-    if args.swap is not None and not 0 <= args.swap <= 1:
-        raise SystemExit("--swap is a share, from 0 to 1")
-    if min(args.views, args.epochs, args.limit or 1) < 1 or min(args.workers, args.seed) < 0:
-        raise SystemExit("--views, --epochs and --limit begin at 1, --workers and --seed at 0")
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
-        raise SystemExit(f"--json {args.json} cannot be written: it is a folder, or its folder does not exist")
-    return args
 
 
 def main(argv=None):
@@ -313,13 +303,15 @@ def main(argv=None):
     if args.swap is not None:
         return write_noise(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer, preprocess = evaluator.load(args.checkpoint, device)
-    checkpoint = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+    model, tokenizer, preprocess = evaluator.load(args.checkpoint, device, "model", args.quick_gelu, args.bpe)
+    checkpoint = [hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(), args.quick_gelu]
 
     # features of the training set, then of the test sets, of which only the classes of the training set are used
     ood = args.ood.split(",") if args.ood else ["toy"] if args.train == "toy-seen" else []
     specs = [args.train, args.test or args.train, *ood]
-    opened = [open_set(spec, "test" if i else "train", args.data_root, args.limit) for i, spec in enumerate(specs)]
+    given = evaluator.read_classnames(args.classnames, "--classnames") if args.classnames else None
+    opened = [open_set(spec, "test" if i else "train", args.data_root, args.limit, given)
+              for i, spec in enumerate(specs)]
     heads, sets = ["training", "in domain", *(f"out {i + 1}" for i in range(len(ood)))], []
     for head, spec, (dataset, places, state) in zip(heads, specs, opened):
         start, views = time.perf_counter(), 0 if sets else args.views
@@ -352,9 +344,8 @@ def main(argv=None):
                                        | evaluator.accuracy(logits.argmax(1) == test_y, test_y, len(names)))
 
     # zero-shot, then three classifiers on the same inputs in the same order
-    phrase = evaluator.DATASETS.get(args.train, ("{}",))[-1]  # such as "{}, a kind of pet"
-    prompts, start = [template.replace("{}", phrase) for template in evaluator.TEMPLATES], time.perf_counter()
-    text = evaluator.text_classifier(model, tokenizer, names, prompts)
+    start = time.perf_counter()
+    text = evaluator.text_classifier(model, tokenizer, names, evaluator.phrased(args.train, evaluator.TEMPLATES))
     add_row("zero-shot", start, lambda f: (f, F.normalize(f, dim=1) @ text.T))
     mse, cov, top, k = WEIGHTS["paper" if args.paper else "released"]
     tuned, plain = (mse * D if args.paper else mse, cov, top), (0, 0, 0)
@@ -374,6 +365,41 @@ def main(argv=None):
         print(f"NMTune's {when} step:", "cross-entropy {:.3g}, mse {:.3g}, cov {:.3g}, top {:.3g}".format(*terms))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="last.pt or best.pt of a run, or a file of OpenAI's or open_clip's")
+    add("--train", metavar="SET", default="toy-seen", help="training set of the classifiers (default: %(default)s)")
+    add("--test", metavar="SET", help="test set of the same domain (default: the test split of --train)")
+    add("--ood", metavar="SETS", help="comma list of test sets of other domains, without commas in patterns")
+    add("--views", type=int, default=4, help="random crops of each training picture")
+    add("--paper", action="store_true", help="the paper's weights of the regularisers in place of the released code's")
+    add("--epochs", type=int, default=30, help="of the classifiers")
+    add("--limit", type=int, help="only N pictures of a set, from all over it; with --swap the first N pairs")
+    add("--classnames", metavar="FILE", help="names of the classes of all sets, a line each")
+    add("--quick-gelu", action=argparse.BooleanOptionalAction,
+        help="the activation of files that do not name theirs (default: GELU, and a line that says so)")
+    add("--bpe", metavar="FILE", help="merges of files that do not hold theirs (default: $CLIP_BPE, else OpenAI's)")
+    add("--out", default="runs/nmtune", help="folder for the features (default: %(default)s)")
+    add("--json", metavar="FILE", help="write all results")
+    add("--workers", type=int, default=min(8, data.cores()), help="processes that read pictures")
+    add("--seed", type=int, default=0)
+    add("--swap", type=float, metavar="SHARE", help="print a --subset file of --data in which this share has wrong "
+        "captions, and do nothing else")
+    add("--data", default="toy", help="for --swap: what clip.py's --data takes")
+    add("--data-root", metavar="DIR", help="torchvision's files, cc3m (default $CLIP_DATA or ./datasets)")
+    args = parser.parse_args(argv)
+    if args.swap is None and not args.checkpoint:
+        parser.error("give a checkpoint, or --swap")
+    if args.swap is not None and not 0 <= args.swap <= 1:
+        raise SystemExit("--swap is a share, from 0 to 1")
+    if min(args.views, args.epochs, 1 if args.limit is None else args.limit) < 1 or min(args.workers, args.seed) < 0:
+        raise SystemExit("--views, --epochs and --limit begin at 1, --workers and --seed at 0")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
+        raise SystemExit(f"--json {args.json} cannot be written: it is a folder, or its folder does not exist")
+    return args
 
 
 if __name__ == "__main__":

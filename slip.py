@@ -4,7 +4,7 @@ The idea. CLIP learns about a picture only what its caption says. Self-supervisi
 captions: two random crops of one picture, with changed colours, must get similar features, and other pictures different
 ones (SimCLR). SLIP does both with one image tower. So it sees three crops of each picture: one lightly cropped for the
 caption, and two strongly changed ones for SimCLR. The caption meets only the first crop. SimCLR has a head of its own
-on the class token, which is thrown away after training.
+on the class token; the head is thrown away after training.
 
 The loss. x is the unit image feature of the first crop, y that of the caption. h_1 and h_2 are the class tokens of the
 other two crops, before the projection. The head g is an MLP with batch norm, and p_v = g(h_v) / |g(h_v)|. All 2N rows p
@@ -417,6 +417,8 @@ def build(source, cls=CLIP, **overrides):
 
 class SLIP(CLIP):
     """CLIP with SimCLR's head on the class token of its ViT (no head if ssl_mlp_dim is 0)."""
+    # The released code has timm's ViT, which has no norm before the blocks. Its ViT-S-16 has 12 heads, and a text tower
+    # of width 512.
 
     def __init__(self, *args, ssl_mlp_dim=4096, **kwargs):
         super().__init__(*args, **kwargs)
@@ -456,9 +458,9 @@ AUGMENT = {  # Two entries for each method: how much of a picture's area a crop 
 
 
 def slip_views(image, caption, rng, tokenizer, size, augment, count):
-    """One sample, made in a worker: image bytes and a caption -> dict of the crops images, uint8 [count, 3, S, S] (the
-    first for the caption, the others for SimCLR), the colour parameters colors [count, 8] (where the augmentation
-    changes colours; the first crop keeps its own) and tokens [L]. One decode serves all crops. rng: random.Random."""
+    """One sample, made in a worker from image bytes and a caption. Returns a dict: "images" are the crops, uint8
+    [count, 3, S, S], the first for the caption, the others for SimCLR; "colors" [count, 8] are their colour parameters,
+    if the augmentation changes colours (those of the first crop change nothing); "tokens" [L]. rng: random.Random."""
     area, colors = AUGMENT[augment]
     image = data.decode(image, (4 * size, 4 * size))  # so that also a crop of 8 % has about size pixels a side
     crops, params = [data.random_resized_crop(image, size, AUGMENT["clip"][0], rng)], [data.color_params(rng)]
@@ -499,8 +501,7 @@ RECIPES = {  # batch size of all ranks together, warm-up in steps
                 ssl_mlp_dim=512, eval="toy-tune,toy", eval_every=6),
     "small": dict(model="tiny", batch_size=128, epochs=20, lr=1e-3, warmup=50, weight_decay=.1, augment="slip",
                   ssl_mlp_dim=512),
-    # All three as released; the warm-up is one epoch. The README has 23.0 % for cc3m, which nobody reproduced: the
-    # released checkpoint is the best epoch (36 of 40) by the test set.
+    # All three as released; the warm-up is one epoch.
     "cc3m": dict(model="ViT-B-16", batch_size=4096, epochs=40, lr=3e-3, warmup=700, weight_decay=.1, augment="slip",
                  ssl_mlp_dim=4096),
     "cc12m": dict(model="ViT-B-16", batch_size=4096, epochs=35, lr=3e-3, warmup=2600, weight_decay=.1, augment="slip",
@@ -540,7 +541,7 @@ def main(argv=None):
     for module in model.modules():
         if hasattr(module, "checkpoint_activations"):
             module.checkpoint_activations = args.checkpoint_activations
-    # as released, also in that positions and the token table decay
+    # As released, positions and the token table decay. There the class token decays too.
     optimizer = torch.optim.AdamW(
         param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -606,8 +607,6 @@ def main(argv=None):
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     image_features, text_features, logit_scale, projections = parallel(
                         preprocess.normalize(images), tokens)
-                # released: gathered without gradient, so that with several GPUs the towers get half of this term's
-                # gradient
                 clip = clip_loss(image_features, text_features, logit_scale)
                 ntxent = ntxent_loss(*projections, .1) if args.ssl else clip.new_zeros(())
                 loss = clip + args.ssl * ntxent

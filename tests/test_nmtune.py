@@ -151,6 +151,12 @@ def test_spectrum_of_known_matrices():
     assert nmtune.spectrum(torch.cat([x, x]))[0].item() == pytest.approx(math.log(4))
 
 
+def test_spectrum_without_an_answer():
+    for x in (torch.zeros(5, 3), torch.full((5, 3), math.nan), torch.full((2, 4), math.inf)):
+        assert all(map(math.isnan, nmtune.spectrum(x)))
+    assert str(nmtune.spectrum(torch.ones(1, 4))[0].item()) == "0.0"  # not -0
+
+
 def test_lsvr_is_never_above_sve():
     for seed in range(50):
         rng = random.Random(seed)
@@ -243,6 +249,9 @@ def test_a_loss_that_is_not_finite_is_a_sentence():
     x, y = clusters()
     with pytest.raises(SystemExit, match="not finite in epoch 1"):
         nmtune.fit(build(), 1e12 * x, y, (1, .04, .001))
+    for weights in ((1, .04, .001), (0, 0, 0)):
+        with pytest.raises(SystemExit, match="not finite in epoch 1"):
+            nmtune.fit(build(), x.masked_fill(x > 1, math.nan), y, weights)
 
 
 def test_parameters_start_as_in_the_released_code():
@@ -272,14 +281,39 @@ def test_swap_changes_exactly_the_share(share, count):
     assert after == nmtune.swap(before, share, 0) and (not count or after != nmtune.swap(before, share, 1))
 
 
+def test_regularisers_refuse_what_has_no_two_views():
+    for f, z, k in ((rand(3, 4), rand(3, 4), 5), (rand(4, 4), rand(2, 4), 5), (rand(0, 4), rand(0, 4), 5),
+                    (rand(4, 4), rand(4, 4), 0)):
+        with pytest.raises(ValueError, match="2B, D"):
+            nmtune.regularisers(f, z, k)
+
+
+def test_covariance_of_one_large_column_is_zero():
+    z = torch.zeros(64, 8)
+    z[:, 0] = 1000 * rand(64).float()
+    assert nmtune.regularisers(z, z)[1].item() == pytest.approx(0, abs=1e-3)  # of 1e12 that cancel
+
+
 def test_swap_among_equal_captions():
     before = {f"k{i}": ["A  dog" if i % 2 else "a dog"] if i < 40 else [f"caption {i % 7}"] for i in range(100)}
     after = nmtune.swap(before, 1, 0)
     assert all(data.clean(before[key][0]) != data.clean(after[key][0]) for key in before)
-    with pytest.raises(SystemExit, match="same caption"):
+    with pytest.raises(SystemExit, match="60 of 100 pairs share captions"):
         nmtune.swap({f"k{i}": ["a dog"] if i < 60 else [str(i)] for i in range(100)}, 1, 0)
-    with pytest.raises(SystemExit, match="same caption"):
-        nmtune.swap(pairs(10), .1, 0)  # one pair has no partner
+    for share, count in ((.1, 1), (.01, 0)):
+        with pytest.raises(SystemExit, match=f"that is {count} of 10 pairs, and a swap takes two"):
+            nmtune.swap(pairs(10), share, 0)
+
+
+def test_swap_of_lists_of_captions():
+    """No pair gets one of its own captions, also where lists overlap or stand in another order."""
+    before = {f"k{i}": [f"c{i // 2}", f"c{i // 2 + 1}", f"d{i}"][::(-1) ** i] for i in range(0, 40)}
+    before |= {f"l{i}": [f"e{i}"] for i in range(60)}
+    after = nmtune.swap(before, 1, 0)
+    assert all(not {*before[key]} & {*after[key]} for key in before)
+    assert sorted(map(str, before.values())) == sorted(map(str, after.values()))
+    with pytest.raises(SystemExit, match="2 of 2 pairs share captions"):
+        nmtune.swap({"a": ["x", "y"], "b": ["y", "x"]}, 1, 0)
 
 
 def test_swap_writes_a_subset_file(tmp_path, capsys):
@@ -411,6 +445,8 @@ def test_folders_of_classes(folder, capsys, tmp_path):
     text, rows = run(folder, capsys, "--train", f"{tmp_path / 'ann'}@[01].png", "--test", f"{tmp_path / 'ann'}@2.png",
                      "--ood", tmp_path / "bob")
     assert ", 4 pictures" in text and [test["n"] for test in rows["NMTune"]["tests"]] == [2, 6]
+    text, rows = run(folder, capsys, "--train", tmp_path / "ann", "--test", tmp_path / "bob", "--limit", "2")
+    assert None not in rows["NMTune"]["tests"][0]["per_class"]  # not the first two pictures, which have one class
 
 
 @pytest.mark.slow
@@ -420,12 +456,14 @@ def test_folders_of_classes(folder, capsys, tmp_path):
     (["--swap", ".1", "--data", "nowhere.tsv"], "nowhere.tsv"),
     (["none.pt"], "no checkpoint none.pt"),
     (["CHECKPOINT", "--views", "0"], "begin at 1"),
+    (["CHECKPOINT", "--limit", "0"], "begin at 1"),
+    (["CHECKPOINT", "--classnames", "nowhere.txt"], "--classnames"),
     (["CHECKPOINT", "--json", "nowhere/table.json"], "--json nowhere"),
     (["CHECKPOINT", "--train", "SET@/ann", "--test", "SET"], "pictures that --train has too"),
     (["CHECKPOINT", "--train", "SET", "--test", "SET"], "pictures that --train has too"),
     (["CHECKPOINT", "--train", "SET@(", "--test", "SET"], "no regular expression"),
     (["CHECKPOINT", "--train", "SET@ann_3", "--test", "SET@/bob"], "no readable picture"),
-    (["CHECKPOINT", "--train", "SET@zoe", "--test", "SET"], "in no key; one is 0/ann_0"),
+    (["CHECKPOINT", "--train", "SET@zoe", "--test", "SET"], "example, 0/ann_0"),
     (["CHECKPOINT", "--train", "SET@/ann", "--test", "toy"], "no picture of a class of"),
     (["CHECKPOINT", "--train", "SET@/ann", "--test", "SET@/bob", "--ood", "nowhere"], "no test set nowhere"),
     (["CHECKPOINT", "--train", "SET@/ann", "--test", "SET@/bob", "--ood", "toy-seen,"], "without a name"),
@@ -439,7 +477,7 @@ def test_a_sentence_for_each_mistake(folder, tmp_path, capsys, arguments, senten
     known = {"CHECKPOINT": str(folder / "clip/last.pt"), "NAN": str(tmp_path / "nan.pt")}
     arguments = [known.get(argument, argument.replace("SET", str(a))) for argument in arguments]
     if arguments:
-        arguments += ["--workers", "0", "--limit", "30", "--out", str(tmp_path / "out")]
+        arguments = ["--workers", "0", "--limit", "30", "--out", str(tmp_path / "out"), *arguments]
     with pytest.raises(SystemExit) as error:
         nmtune.main(arguments)
     assert sentence in (str(error.value) + capsys.readouterr().err)
