@@ -1072,9 +1072,8 @@ def write_log(out, **row):
 
 class Meter:
     """Adds up what happens between two log lines. Losses are summed on the device, so that the host need not wait for
-    the device in each step. Two
-    numbers count from the start of the run. failed counts unreadable pictures, which the loader replaced by others. bad
-    counts steps whose gradient was not finite."""
+    the device in each step. Two numbers count from the start of the run: failed, the unreadable pictures, which the
+    loader replaced by others; and bad, the steps whose gradient was not finite."""
 
     def __init__(self, out, batch_size, device):
         self.out, self.batch_size, self.device, self.failed, self.bad = out, batch_size, device, 0, 0
