@@ -104,6 +104,14 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert len(ElementTree.parse(tmp_path / "claims.svg").getroot()) == len(claims.CLAIMS)
 
 
+def test_equal_time_is_that_of_the_faster_one():
+    """SLIP, the baseline, takes 40 s; A-CLIP, which claims to be faster, 20 s: then SLIP is at its second test."""
+    found = {"slip": [claims.Run([10, 20], [20., 40.], [30., 50.], [0., 0.], 9.)],
+             "attentive": [claims.Run([10, 20], [10., 20.], [20., 40.], [0., 0.], 9.)]}
+    text = "\n".join(claims.tables(found, claims.TOY, int))
+    assert "| 1 | 50.0 | 30.0 | 30.0 | 9.0 |" in text and "| 1 | 40.0 | 20.0 | 40.0 | 9.0 |" in text
+
+
 def test_finished_runs_are_skipped_and_a_failure_stops_only_what_needs_it(tmp_path, monkeypatch):
     asked = []
 
