@@ -88,7 +88,7 @@ def regularisers(f, z, k=5):
         centred = (z - z.mean(0)).double()  # float64, because cov is a small difference of large sums
         # (n - 1) times the covariance matrix [D, D], or the smaller Gram matrix [n, n]: their squares have the same sum
         gram = centred @ centred.T if n < D else centred.T @ centred
-        cov = (gram.square().sum() / (n - 1) ** 2 - centred.var(0).square().sum()).clamp(min=0) / D
+        cov = (gram.square().sum() / (n - 1) ** 2 - centred.var(0).square().sum()) / D
         s = singular_values(z)  # of z as it is: the first direction is mostly the mean, which cov does not see
         top = s[-k:].mean() / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
     return mse, cov.to(z.dtype), top.to(z.dtype)
