@@ -629,9 +629,10 @@ def look(ema, preprocess, samples):
 def object_kept(ema, preprocess, dataset, count=512):
     """How much of the object attentive masks keep, on drawn scenes, where the object's place is known.
 
-    Returns two shares, from 0 to 1, over both views of some training samples (count of them): the share of the main
-    object, taken as a disc, that lies in the patches kept; and the same if each sample has the attention of another
-    one. Masks that do not look at the picture have equal shares, also if they like the middle.
+    Returns two shares, from 0 to 1, over both views of some training samples (count of them). The first is the share of
+    the main object, taken as a disc and as far as the views show it, that lies in the patches kept. The second is the
+    same if each sample has the attention of another one. For masks that ignore the picture, for example always the
+    middle, the two are about equal.
     """
     samples = [dataset[i, i] for i in range(min(count, len(dataset)))]  # i also seeds the crops
     score, boxes, grid = look(ema, preprocess, samples)

@@ -1181,12 +1181,12 @@ def select(dataset, file):
 def subset_lines(rows):
     """Lines of a file for --subset, from (key, caption) pairs; an empty caption stands for the sample's own.
 
-    White space and NUL in a caption become single spaces. SystemExit if a key is blank, not UTF-8, or holds a tab or a
-    new line.
+    White space and NUL in a caption become single spaces. SystemExit if a key is blank, not UTF-8, or holds NUL, a tab
+    or a new line.
     """
     for key, caption in rows:
-        if not key.strip() or re.search(r"[\t\n\r\ud800-\udfff]", key):
-            raise SystemExit(f"--subset: the key {key!a} is blank, not UTF-8, or holds a tab or a new line")
+        if not key.strip() or re.search(r"[\0\t\n\r\ud800-\udfff]", key):
+            raise SystemExit(f"--subset: the key {key!a} is blank, not UTF-8, or holds NUL, a tab or a new line")
         words = caption.replace("\0", " ").split()
         yield f"{key}\t{' '.join(words)}\n"
 

@@ -42,6 +42,7 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -207,12 +208,13 @@ def open_set(text, split, root, limit, classnames):
         if not places:
             key = files[0] if files else dataset.key(0)
             raise SystemExit(f"{text}: no key matches the pattern; a key is, for example, {key}")
-    places = places[::max(1, len(places) // limit)][:limit] if limit else places  # folders have class after class
+    n = min(limit or len(places), len(places))
+    places = [places[i * len(places) // n] for i in range(n)]  # all over the set, as folders have class after class
     class_of(dataset, torch.tensor(places), text)  # a missing class is said before anything is encoded
     # The str holds, for tars, the path of their index; for folders, names, sizes and times of the files; else the name.
     state = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
     named = [spec, split, root or os.environ.get("CLIP_DATA"), data.TOYS.get(getattr(dataset, "source", [""])[0])]
-    return dataset, list(places), str(getattr(dataset, "index", state or named))
+    return dataset, places, str(getattr(dataset, "index", state or named))
 
 
 def features(model, preprocess, dataset, places, views, path, workers):
@@ -254,28 +256,26 @@ def swap(captions, share, seed):
     pair may be drawn again, and captions may be equal, so about 1 - exp(-2 share) of the pairs change: 18 % for .1.
     """
     chosen = random.Random(seed).sample(list(captions), round(share * len(captions)))
-    if share and len(chosen) < 2:
+    if not share:
+        return captions
+    if len(chosen) < 2:
         raise SystemExit(f"--swap {share}: that is {len(chosen)} of {len(captions)} pairs, and a swap takes two")
-    above = {}  # {caption as the tokenizer reads it: another caption of the same pair or group, itself at the top}
-
-    def top(caption):
-        while above.setdefault(caption, caption) != caption:
-            above[caption] = caption = above[above[caption]]
-        return caption
-
-    for key in chosen:  # pairs that share a caption, directly or through others, become one group
-        first, *others = map(data.clean, captions[key])
-        for other in others:
-            above[top(other)] = top(first)
-    groups = {}
+    own, rank = {key: frozenset(map(data.clean, captions[key])) for key in chosen}, {}  # as the tokenizer reads them
     for key in chosen:
-        groups.setdefault(top(data.clean(captions[key][0])), []).append(key)
-    step = max(map(len, groups.values()), default=0)
-    if 2 * step > len(chosen):
-        raise SystemExit(f"--swap {share}: {step} of {len(chosen)} pairs share captions, so some would keep theirs")
-    # The keys of a group stand side by side, at most `step` of them. So what stands `step` places further differs.
-    order = [key for keys in groups.values() for key in keys]
-    return captions | {key: captions[donor] for key, donor in zip(order, order[step:] + order[:step])}
+        rank.setdefault(own[key], len(rank))
+    order = sorted(chosen, key=lambda key: rank[own[key]])  # equal captions stand side by side
+    # With one caption each, what stands `most` places further differs, if no caption has more than half of the pairs.
+    # Where lists of captions overlap in spite of that, two keys exchange their donors.
+    most = max(Counter(text for texts in own.values() for text in texts).values())
+    donors = order[most:] + order[:most]
+    for i, key in enumerate(order):
+        if own[key] & own[donors[i]]:
+            j = next((j for j, other in enumerate(order)
+                      if not own[key] & own[donors[j]] and not own[other] & own[donors[i]]), None)
+            if j is None:
+                raise SystemExit(f"--swap {share}: too many of {len(chosen)} pairs share a caption, one is in {most}")
+            donors[i], donors[j] = donors[j], donors[i]
+    return captions | {key: captions[donor] for key, donor in zip(order, donors)}
 
 
 def write_noise(args):

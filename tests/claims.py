@@ -10,12 +10,12 @@ on, so the command may be stopped and given again. --out keeps the runs, the tab
 
 Four scores of a run are reported, all on pictures that no choice was made by. "Last" is the score after the last step.
 "Best" is the score at the step where the tuning set's is highest. "Equal time" is the score after as many seconds as
-the first row of the table takes, or the method that makes the claim if it takes fewer. It is read between tests along a
-straight line; the seconds are the log's own, without those of tests. "Recall at 5" is how often, after the last step, a
-picture's own caption is among the five that the model ranks highest; another seed moves it less. The probe, where there
-is one, is trained and tested on other pictures of the kinds that training names. "Object kept" is how much of the
-object A-CLIP's masks keep at the end of a run, and by another picture's attention. Where a run has other masks, it is
-what these masks would keep.
+the first row of the table takes, or the fastest of the methods that make the claim if it takes fewer. It is read
+between tests along a straight line; the seconds are the log's own, without those of tests. "Recall at 5" is how often,
+after the last step, a picture's own caption is among the five that the model ranks highest; another seed moves it less.
+The probe, where there is one, is trained and tested on other pictures of the kinds that training names. "Object kept"
+is how much of the object A-CLIP's masks keep at the end of a run, and by another picture's attention. Where a run has
+other masks, it is what these masks would keep.
 """
 import argparse
 import json
