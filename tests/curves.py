@@ -65,7 +65,7 @@ def svg(title, curves, pairs, label=None):
     logarithmic axis, else of steps. label: what x is, if it is neither."""
     ticks = sorted({x for points in curves.values() for x in points})
     every = [values for points in curves.values() for values in points.values()]
-    low = 5 * math.floor(min(mean(v) - spread(v) for v in every) / 5)
+    low = max(0, 5 * math.floor(min(mean(v) - spread(v) for v in every) / 5))
     high = max(low + 5, 5 * math.ceil(max(mean(v) + spread(v) for v in every) / 5))
     scale = math.log if pairs else float
 
@@ -97,7 +97,7 @@ def svg(title, curves, pairs, label=None):
         yield f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{line}"/>'
         for x, y, s in places:
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>'
-            yield f'<path d="M{x:.1f} {y - s:.1f}v{2 * s:.1f}" stroke="{color}"/>'
+            yield f'<path d="M{x:.1f} {y - s:.1f}V{min(y + s, down(low)):.1f}" stroke="{color}"/>'
         ends.append((y, name, color))
     free = -math.inf
     for y, name, color in sorted(ends):  # from the top down, a line apart
