@@ -5,8 +5,9 @@
 
 One process a core. Finished cells stay in the folder, so the same command goes on after a kill. It ends with the table.
 Flags that are not below go to clip.py. With --everyday the domains are artists: seven that pre-training knows, and one
-that it does not. The last digit of a picture's code point parts the concepts: half of them train the classifiers, the
-others are in both test sets.
+that it does not. Half of the concepts train the classifiers, the others are in both test sets. The last digit of a
+concept's first code point decides, so that a man, a woman and a person who do the same stay together. The digits are
+such that each class has concepts on both sides, except the two classes with only one concept, which are not tested.
 """
 import argparse
 import json
@@ -30,9 +31,14 @@ parser.add_argument("--jobs", type=int, default=os.cpu_count())
 args, flags = parser.parse_known_args()
 sets, bpe = [], ["--bpe", args.bpe] if args.bpe else []
 if args.everyday:
-    known = f"{args.everyday}@/(?!fluent|openmoji-black)"
-    sets = [f"--train={known}.*[0-7]$", f"--test={known}.*[89a-f]$", f"--ood={args.everyday}@/fluent.*[89a-f]$"]
+    known, training, tests = (f"{args.everyday}@/(?!fluent|openmoji-black).*", "_[0-9a-f]*[1689abd](-|$)",
+                              "_[0-9a-f]*[^1689abd](-|$)")
+    sets = [f"--train={known}{training}", f"--test={known}{tests}", f"--ood={args.everyday}@/fluent.*{tests}"]
 args.out.mkdir(parents=True, exist_ok=True)
+settings, asked = args.out / "settings.txt", " ".join(["--data", args.data, *sets, *bpe, *flags])
+if settings.exists() and settings.read_text() != asked:
+    raise SystemExit(f"{args.out} holds cells with other flags: {settings.read_text()}")
+settings.write_text(asked)
 cells = [(share, seed) for seed in args.seeds.split(",") for share in args.shares.split(",")]
 
 
@@ -69,6 +75,6 @@ for share in args.shares.split(","):
     for row in results[0]:
         columns = [[100 * result[row]["tests"][i][metric] for result in results] for i in (0, 1)]
         columns += [[result[row]["tests"][0][key] for result in results] for key in ("sve", "lsvr")]
-        spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in columns]
-        print(f"{share:8}{row:14}" + "".join(f"{statistics.mean(values):9.2f} +-{deviation:5.2f}"
-                                             for values, deviation in zip(columns, spread)))
+        print(f"{share:8}{row:14}" + "".join(
+            f"{statistics.mean(values):9.2f}" + (f" +-{statistics.stdev(values):5.2f}" if values[1:] else " " * 8)
+            for values in columns))
