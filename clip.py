@@ -684,7 +684,7 @@ def fill_in(args, dataset, world, device):
 
 def lr_at(step, total, warmup, lr, start=0., end=0.):
     """Learning rate of a step; the first step is 0, the last total - 1. It rises on a straight line and is lr in the
-    last warm-up step. Then it falls along half a cosine towards end. If start is 0, step 0 has lr / warmup,
+    last warm-up step. Then it falls along half a cosine towards `end`. If start is 0, step 0 has lr / warmup,
     as in open_clip. If start is above 0, step 0 has start, as in SLIP and DeCLIP."""
     if step < warmup and start:
         return start + (lr - start) * (step / max(1, warmup - 1))

@@ -7,12 +7,12 @@ One forward pass gives all facets; an attention mask keeps them from seeing each
 training (`flame.py embed`). Long captions and other languages work too, since the language model reads them.
 
 The rows. The authors have three captions of a picture: its own with facet 1, a short rewritten one with facets 1 to 3,
-and a long rewritten one with all seven: M = 11 unit rows of width D. Without rewritten captions M is 8, facet 1 and, in
-the prompt for long captions, all seven. A step draws K = 6 of the M rows, anew for each picture.
+and a long rewritten one with all seven: M = 11 unit rows of width D. Without rewritten captions M is 8: one row by
+facet 1, and seven by the long prompt. A step draws K = 6 of the M rows, anew for each picture.
 
 The training. The image tower is a ViT. An MLP that ends in a layer norm maps each patch to width D. v_i is the mean of
-picture i's patches, made a unit vector. t_nj is the j-th drawn row of picture n; all ranks have N pictures. The factor
-s = exp(logit_scale) and the bias b are learned.
+picture i's patches, made a unit vector. t_nj is the j-th drawn row of picture n; all ranks together have N pictures.
+The factor s = exp(logit_scale) and the bias b are learned.
 
     z_inj = s <v_i, t_nj> + b,    y_in = 1 if i = n, else -1
     L     = 1 / (K N)  sum_inj log(1 + exp(-y_in z_inj))         --loss sigmoid, as in the released code
@@ -20,7 +20,7 @@ s = exp(logit_scale) and the bias b are learned.
 
 What it brought, with rewritten captions and a language model of 12 B parameters (authors): on ImageNet after CC3M 4.9
 points more than the best earlier result; on long captions (Urban-1k) after YFCC15M 87.9 % recall at 1 (OpenAI's CLIP:
-53.3). A step takes 1.15 times CLIP's FLOPs (ViT-B-16), because the MLP costs more than the text tower did. CC3M's
+53.3). By our count a step takes 1.15 times CLIP's FLOPs (ViT-B-16): the MLP costs more than a text tower. CC3M's
 vectors take 327 GB.
 
 How to run. The first command needs no files: on the toy, random vectors of words replace the language model.
@@ -659,8 +659,8 @@ class FLAME(nn.Module):
             nn.Linear(vision_width, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if bias else 1 / .07)))  # the log of s
         self.logit_bias = nn.Parameter(torch.tensor(-10.)) if bias else None
-        # With --centre, the mean of each row. It is no buffer, because DDP broadcasts buffers before the forward pass.
-        # The broadcast would wait for the texts, which travel meanwhile.
+        # For --centre: the mean vector of each of the M rows. As a buffer it would be broadcast by DDP before the
+        # forward pass, and the broadcast would wait for the gather of the texts.
         self.centre = nn.Parameter(torch.zeros(rows, dim), requires_grad=False)
 
     def encode_image(self, images):
@@ -738,7 +738,8 @@ AUGMENT = {  # Two entries for each method: how much of a picture's area a crop 
 def flame_views(image, caption, rng, rows, facets, size, augment):
     """One sample, made in a worker from image bytes. Returns a dict: "images" is a crop, uint8 [3, S, S]; "colors" [8]
     are its colour parameters, if the augmentation changes colours; "facets" [K] are the numbers of K different rows,
-    drawn at random. rows: M. facets: K. The caption is not used, because its vectors are stored. rng: random.Random."""
+    drawn at random. rows: M, the number of rows. facets: K. The caption is not used, because its vectors are stored.
+    rng: random.Random."""
     area, colors = AUGMENT[augment]
     sample = {"images": data.random_resized_crop(image, size, area, rng),
               "facets": torch.tensor(rng.sample(range(rows), facets))}
@@ -1170,7 +1171,7 @@ def fill_in(args, dataset, world, device):
 
 def lr_at(step, total, warmup, lr, start=0., end=0.):
     """Learning rate of a step; the first step is 0, the last total - 1. It rises on a straight line and is lr in the
-    last warm-up step. Then it falls along half a cosine towards end. If start is 0, step 0 has lr / warmup,
+    last warm-up step. Then it falls along half a cosine towards `end`. If start is 0, step 0 has lr / warmup,
     as in open_clip. If start is above 0, step 0 has start, as in SLIP and DeCLIP."""
     if step < warmup and start:
         return start + (lr - start) * (step / max(1, warmup - 1))

@@ -6,7 +6,7 @@ models on that class. Accuracy grows with the logarithm of the count: for every 
 needs ten times as many pairs. This script prints the comparison for any number of checkpoints, one column each. Its
 question is: do data-efficient methods have a flatter slope, and are they better on rare concepts?
 
-n is the number of captions that mention a concept, a the accuracy on it in per cent. The script prints the mean of a
+n is the number of captions that mention a concept. a is the accuracy on it in per cent. The script prints the mean of a
 for each decade of n (1-9, 10-99, ...). It also fits the line
 
     a = slope * log10(n) + constant

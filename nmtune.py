@@ -1,18 +1,18 @@
 """NMTune: what wrong captions in pre-training do to the features of an encoder, and how to mend them afterwards.
 
 The idea. Captions from the web are often wrong. Chen et al. trained encoders on data with a known share of wrong labels
-or swapped captions, and linear classifiers on the frozen features. A little noise (5 to 10 %) helped on test
-pictures like the classifier's training pictures ("in domain"). Any noise hurt on others ("out of domain"). Noise also
-flattened the spectrum of the features: their singular values became more equal. NMTune leaves the encoder as it is. It
-trains a small residual MLP and a classifier on the features. Three regularisers act on the MLP's output.
+or swapped captions, and linear classifiers on the frozen features. A little noise (5 to 10 %) helped on test pictures
+of the classifier's own domain ("in domain"). Any noise hurt on others ("out of domain"). Noise also flattened the
+spectrum of the features: their singular values became more equal. NMTune leaves the encoder as it is. It trains a small
+residual MLP and a classifier on the features. Three regularisers act on the MLP's output.
 
-The loss. f is a frozen feature with D entries, z = f + scale * MLP(f) the transformed one. The classifier is linear in
+The loss. f is a frozen feature with D entries; z = f + scale * MLP(f) is transformed. The classifier is linear in
 z. A batch holds two augmented views of B pictures, so 2B rows. The singular values of the matrix of all rows z, divided
 by their sum, are p_1 >= p_2 >= ...
 
     L = cross-entropy + w_mse mse + w_cov cov - w_top top
     mse = mean of (z / |z| of the second view - f / |f| of the first)^2      z keeps the direction of f
-    cov = sum of the squared covariances of different entries of z / D       no two entries say the same
+    cov = 1/D sum of the squared covariances of different entries of z       no two entries say the same
     top = mean of p_1 .. p_k                                                 few directions dominate
 
 Two numbers describe the spectrum of a test set's features: the singular value entropy, SVE = -sum_i p_i log p_i, and
@@ -20,11 +20,11 @@ the largest singular value's ratio, LSVR = -log p_1. Both are high for a flat sp
 
 What it brought, by reviews and summaries of the paper. For Swin-L of ImageNet-21k, a linear probe has 81.9 % in domain
 and 50.9 % out of domain; NMTune has 84.2 and 52.4 %. A reviewer saw about 1 point between a plain MLP and NMTune, so
-much of the gain is the MLP's. The table has a row for each, on identical inputs. Each view of a picture passes the
-encoder once; features stay in --out. The rest takes minutes.
+much of the gain is the MLP's. The script prints both, on identical inputs. Each view of a picture passes the encoder
+once; features stay in --out. Training the classifiers takes minutes.
 
 How to run.
-    python nmtune.py runs/clip-toy/last.pt                           shapes of the toy, in seen and in unseen colours
+    python nmtune.py runs/clip-toy/last.pt                           shapes of the toy, in known and new combinations
     python nmtune.py CHECKPOINT --train SET --test SET --ood SETS    sets as eval.py takes them
     python nmtune.py --swap .1 --data PATH > noisy.tsv               a tenth of the captions wrong; then
     python clip.py --data PATH --subset noisy.tsv
@@ -219,8 +219,8 @@ def open_set(text, split, root, limit, classnames):
 
 def features(model, preprocess, dataset, places, views, path, workers):
     """Features x [V, n, D] of the readable pictures at `places`, and the places [n] of these. They are read from the
-    file at path, which is made if it is not there. V = views random crops; with views = 0 it is 1, the picture as the
-    model's preprocessing gives it."""
+    file at path, which is made if it is not there. There are V = views random crops. With views = 0, V is 1: the
+    picture as the preprocessing gives it."""
     if not path.exists():
         crops, V = Crops(dataset, places, views, preprocess.size), max(1, views)
         x, index = evaluator.encode_images(model, crops, preprocess, workers=workers)
@@ -237,8 +237,8 @@ def features(model, preprocess, dataset, places, views, path, workers):
 
 
 def class_of(dataset, places, text):
-    """Names of all classes, and the name of each picture's class. The toy's classes are shapes here, because colours
-    are its domains."""
+    """Names of all classes, and the name of each picture's class. The toy's classes are shapes here, because its
+    domains are combinations of colour and shape."""
     names, y = dataset.classnames, evaluator.labels_of(dataset, places, dataset.classnames, text).tolist()
     if isinstance(dataset, data.ToyDataset):
         return list(data.SHAPES), [names[number].split()[-1] for number in y]
@@ -248,9 +248,9 @@ def class_of(dataset, places, text):
 # caption noise
 
 def swap(captions, share, seed):
-    """captions {key: list of str} -> the same dict, but with wrong captions for round(share * n) of the n keys. These
-    are chosen at random, and each gets the captions of another one of them, none of which is one of its own. SystemExit
-    if that is not possible.
+    """captions {key: list of str} -> the same dict, but with wrong captions for round(share * n) of the n keys. The
+    keys are chosen at random. Each gets the captions of another chosen key, none of which it had before. SystemExit if
+    that is not possible.
 
     The released code (open_clip/shuffle_data.py) exchanges the captions of two random pairs int(share * n) times. A
     pair may be drawn again, and captions may be equal, so about 1 - exp(-2 share) of the pairs change: 18 % for .1.
@@ -264,8 +264,8 @@ def swap(captions, share, seed):
     for key in chosen:
         rank.setdefault(own[key], len(rank))
     order = sorted(chosen, key=lambda key: rank[own[key]])  # equal captions stand side by side
-    # With one caption each, what stands `most` places further differs, if no caption has more than half of the pairs.
-    # Where lists of captions overlap in spite of that, two keys exchange their donors.
+    # If each key has one caption, and none belongs to more than half of the keys, the key `most` places further has
+    # another. Where lists of captions overlap in spite of that, two keys exchange their donors.
     most = max(Counter(text for texts in own.values() for text in texts).values())
     donors = order[most:] + order[:most]
     for i, key in enumerate(order):

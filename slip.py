@@ -7,20 +7,20 @@ caption, and two strongly changed ones for SimCLR. The caption meets only the fi
 on the class token; the head is thrown away after training.
 
 The loss. x is the unit image feature of the first crop, y that of the caption. h_1 and h_2 are the class tokens of the
-other two crops, before the projection. The head g is an MLP with batch norm, and p_v = g(h_v) / |g(h_v)|. All 2N rows p
-of the batch are candidates; a row does not meet itself.
+other two crops, before the projection. The head g is an MLP with batch norm, and p_v = g(h_v) / |g(h_v)|. With N pairs
+in the batch there are 2N rows p. s is CLIP's scale.
 
     e(q)   = exp(<p, q> / 0.1)        for a row p and another row q
     ntxent = mean over all rows p of -log [ e(the other crop's row) / sum of e(q) over the 2N - 1 other rows q ]
     L      = clip_loss(x, y, s) + ssl ntxent        ssl = 1 (--ssl)
 
 The text tower, the projections and the scale s learn from the first term only, the head from the second only. Each crop
-goes through the head on its own, so its batch norm has the statistics of one crop, but of all ranks.
+goes through the head on its own, so the head's batch norm has the statistics of one crop, of all ranks.
 
 What it brought (authors' README, zero-shot ImageNet, ViT-B-16, batch 4096): 42.8 % after 25 epochs of YFCC15M, where
 their CLIP has 37.6; CC12M 40.7 against 36.5. For CC3M they report 23.0 against 17.1, at the best epoch on ImageNet's
-validation set; users reached 18.4 against 14 to 15. The cost: 2.71 times CLIP's FLOPs (A-CLIP's authors measured 2.67
-times the time), and twice the memory.
+validation set; users of their code report 18.4 against 14 to 15. By our count it takes 2.71 times CLIP's FLOPs
+(A-CLIP's authors measured 2.67 times the time) and twice the memory.
 
 How to run.
     python slip.py                                                              built-in pictures, any machine, minutes
@@ -541,7 +541,7 @@ def main(argv=None):
     for module in model.modules():
         if hasattr(module, "checkpoint_activations"):
             module.checkpoint_activations = args.checkpoint_activations
-    # As released, positions and the token table decay. There the class token decays too.
+    # Positions and the token table decay, as released. The class token does not; in the released code it does.
     optimizer = torch.optim.AdamW(
         param_groups(model, args.weight_decay), args.lr, betas=(.9, .98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -745,7 +745,7 @@ def fill_in(args, dataset, world, device):
 
 def lr_at(step, total, warmup, lr, start=0., end=0.):
     """Learning rate of a step; the first step is 0, the last total - 1. It rises on a straight line and is lr in the
-    last warm-up step. Then it falls along half a cosine towards end. If start is 0, step 0 has lr / warmup,
+    last warm-up step. Then it falls along half a cosine towards `end`. If start is 0, step 0 has lr / warmup,
     as in open_clip. If start is above 0, step 0 has start, as in SLIP and DeCLIP."""
     if step < warmup and start:
         return start + (lr - start) * (step / max(1, warmup - 1))
