@@ -489,7 +489,7 @@ def main(argv=None):
     def report():
         """Writes claims.md and claims.svg of all finished runs, also of rows and seeds not asked for now -> the text of
         claims.md."""
-        seeds = [int(done.parent.name.rpartition("-")[2]) for done in args.out.glob("*-*/done")]
+        seeds = [int(done.parent.name.rpartition("-")[2]) for done in args.out.glob("*-[0-9]/done")]
         found = {}
         for job in jobs_of(all_rows, args, max(seeds, default=0) + 1):
             if job.finished():
