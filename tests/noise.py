@@ -1,7 +1,7 @@
 """The noise study: shares of swapped captions x seeds, each cell trained by clip.py and probed by nmtune.py.
 
     python tests/noise.py runs/noise                                       the toy
-    python tests/noise.py runs/noise-emoji --data emoji/train --everyday emoji/test/everyday --bpe FILE --epochs 10
+    python tests/noise.py runs/noise-emoji --data emoji/train --everyday emoji/test/everyday --bpe train --epochs 4
 
 One process a core. Finished cells stay in the folder, so the same command goes on after a kill. It ends with the table.
 Flags that are not below go to clip.py. With --everyday the domains are artists: seven that pre-training knows, and one
