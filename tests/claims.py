@@ -14,8 +14,8 @@ the score at the step where the tuning set's is highest. "Equal time" is the sco
 row of the table takes, or the fastest of the methods that make the claim if it takes fewer; it is read between tests
 along a straight line. "Recall at 5" is how often, after the last step, a picture's own caption is among the five that
 the model ranks highest. On drawn scenes it is 15.6 % by chance, 62.5 % by the colour alone, and 100 % by the colour and
-the light, so it says little about shapes. "Both sets" is the mean of the last scores on the reported and the tuning
-set. It is steadier, but the recipes were chosen by the tuning set.
+the background, dark or bright, so it says little about shapes. "Both sets" is the mean of the last scores on the
+reported and the tuning set. It counts more pictures, but the recipes were chosen by the tuning set.
 
 Seconds are those of training, without tests. Other work on the machine slows some runs. So a step takes as long as the
 median of the log's windows says, and all seeds of a row have the clock of the fastest one.
