@@ -79,6 +79,9 @@ TOY = [
     ("mimic", 4, "tinyclip.py --limit 1024 --epochs 48 --teacher {teacher} --init none"),
     ("starved-teacher", 4, "tinyclip.py --limit 1024 --epochs 48 --teacher {clip-1024}"),
     ("attentive-eff", 12, "aclip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12 --ema-size 16"),
+    ("random-one-view", 8, "aclip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12 --mask random "
+                           "--views 1 --ssl 0"),
+    ("attentive-one-view", 10, "aclip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12 --views 1 --ssl 0"),
 ]
 REAL = [
     ("clip-4", 11, "clip.py --subset {every-4} --epochs 32 --augment declip"),
@@ -124,8 +127,8 @@ CLAIMS = [
      [("protoclip", "clip-1024"), ("protoclip", "clip-proto"), ("protoclip", "protoclip-off"),
       ("protoclip-captions", "clip-1024"), ("protoclip-captions", "clip-proto"), ("protoclip-captions", "protoclip")]),
     ("A-CLIP", "attentive masks are better than random ones, and these are better than none",
-     ["none", "random", "attentive-eff", "attentive"],
-     [("random", "none"), ("attentive", "random"), ("attentive", "none")]),
+     ["none", "random-one-view", "attentive-one-view", "random", "attentive-eff", "attentive"],
+     [("attentive-one-view", "random-one-view"), ("attentive", "random"), ("random", "none"), ("attentive", "none")]),
     ("A-CLIP against SLIP", "2.3 times SLIP's speed, and 1.1 points better",
      ["slip", "attentive-eff", "attentive"], [("attentive", "slip"), ("attentive-eff", "slip")]),
     ("TinyCLIP", "the accuracy of training from scratch in 1/1.4 to 1/7.8 of the steps",

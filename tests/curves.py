@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 WIDTH, HEIGHT = 384, 280  # of the axes
-COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"  # Okabe and Ito's, which the colour-blind tell apart
+# Okabe and Ito's, which the colour-blind tell apart
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 
 def recalls(run, test):
