@@ -108,7 +108,7 @@ def test_report(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "claims.md").read_text()
     assert f"0 of {2 * len(claims.TOY)} runs" in capsys.readouterr().out and text.count("### ") == len(claims.CLAIMS)
     assert ("| 1,024 | 22.5 ± 0.7 | 21.2 ± 0.4 | 22.5 ± 0.7 | 45.0 ± 1.4 | 30.5 ± 0.7 | 25.2 ± 0.4 | 30.5 ± 0.7 | "
-            "61.0 ± 1.4 | 16.0 | 16.0 | 16.0 | 16.0; 16.0 |") in text
+            "61.0 ± 1.4 | 16.0 | 16.0 | 16.0 | 16.0 | 16.0; 16.0 |") in text
     assert "- declip-1024 against clip-1024: last 30.0 against 23.0, best" in text
     assert "- attentive against random: " in text and "- declip-1024 against declip-no-neighbors: " in text
     assert text.count("object kept") == 2  # against CLIP and against SLIP
