@@ -61,6 +61,9 @@ TOY = [
     ("attentive", 15, "aclip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12"),
     ("random", 12, "aclip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12 --mask random"),
     ("none", 9, "aclip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12 --mask none --views 1 --ssl 0"),
+    ("random-one-view", 8, "aclip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12 --mask random "
+                           "--views 1 --ssl 0"),
+    ("attentive-one-view", 10, "aclip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12 --views 1 --ssl 0"),
     ("slip", 20, "slip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12"),
     # the rows above are those of --quick
     ("clip-512", 4, "clip.py --limit 512 --epochs 96"),
@@ -81,9 +84,6 @@ TOY = [
     ("mimic", 4, "tinyclip.py --limit 1024 --epochs 48 --teacher {teacher} --init none"),
     ("starved-teacher", 4, "tinyclip.py --limit 1024 --epochs 48 --teacher {clip-1024}"),
     ("attentive-eff", 12, "aclip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12 --ema-size 16"),
-    ("random-one-view", 8, "aclip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12 --mask random "
-                           "--views 1 --ssl 0"),
-    ("attentive-one-view", 10, "aclip.py --data toy-busy --model tiny-4 --limit 4096 --epochs 12 --views 1 --ssl 0"),
 ]
 REAL = [
     ("clip-4", 11, "clip.py --subset {every-4} --epochs 32 --augment declip"),
