@@ -128,7 +128,7 @@ CLAIMS = [
      ["clip-1024", "clip-proto", "protoclip-off", "protoclip", "protoclip-captions"],
      [("protoclip", "clip-1024"), ("protoclip", "clip-proto"), ("protoclip", "protoclip-off"),
       ("protoclip-captions", "clip-1024"), ("protoclip-captions", "clip-proto"), ("protoclip-captions", "protoclip")]),
-    ("A-CLIP", "attentive masks are better than none and, without self-supervision, 3.3 to 4.5 points above random ones",
+    ("A-CLIP", "attentive masks are better than none; without self-supervision 3.3 to 4.5 points above random ones",
      ["none", "random-one-view", "attentive-one-view", "random", "attentive-eff", "attentive"],
      [("attentive-one-view", "random-one-view"), ("attentive", "random"), ("random", "none"), ("attentive", "none")]),
     ("A-CLIP against SLIP", "2.3 times SLIP's speed, and 1.1 points better",
